@@ -1,0 +1,32 @@
+"""The intended differences: tests that dpool does not pass, each with the reason why it does not mean to.
+
+Nothing that dpool should pass belongs here: a missing feature is a failure until it works. A test that passes though
+listed here fails the run, so the list cannot go stale. Called by __main__.py, for the target dpool only.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One line: the test as family/class.test (with * allowed), why it fails, and where if not everywhere."""
+
+    test: str
+    reason: str
+    contexts: tuple[str, ...] = ()
+    since: tuple[int, int] = (3, 11)
+    until: tuple[int, int] = (4, 0)
+
+    def applies(self, test: str, context: str, version: tuple[int, int]) -> bool:
+        """Whether this is about `test` under this start method and Python version (until: the first one without)."""
+        here = not self.contexts or context in self.contexts
+        return here and self.since <= version < self.until and fnmatchcase(test, self.test)
+
+
+DIFFERENCES: tuple[Difference, ...] = ()
+
+
+def reason(test: str, context: str, version: tuple[int, int]) -> str | None:
+    """Why `test` is meant to fail, or None if it is meant to pass."""
+    return next((d.reason for d in DIFFERENCES if d.applies(test, context, version)), None)
