@@ -23,15 +23,15 @@ ready_venv() {
     VENV_PYTHON=$venv/bin/python
     export PIP_DISABLE_PIP_VERSION_CHECK=1
 
-    # Two runs at once would install into one environment: the second waits. (Held until the shell function ends.)
+    # Two runs at once would install into one environment: the second waits. Any file both can open serves as the lock.
     local lock
-    exec {lock}>"$root/.venv.lock"
+    exec {lock}<"$root/pyproject.toml"
     if command -v flock >/dev/null; then flock "$lock"; fi
 
     if ! "$VENV_PYTHON" -c 'import pip' </dev/null >/dev/null 2>&1; then
-        python=$(find_python) || { exec {lock}>&-; return 1; }
+        python=$(find_python) || { exec {lock}<&-; return 1; }
         echo "setting up .venv with $("$python" --version 2>&1) ..." >&2
-        "$python" -m venv --clear "$venv" </dev/null || { exec {lock}>&-; return 1; }
+        "$python" -m venv --clear "$venv" </dev/null || { exec {lock}<&-; return 1; }
     fi
 
     # One stamp an extra: what was installed for it. It is written last, so an interrupted set-up is done again.
@@ -41,10 +41,10 @@ ready_venv() {
         echo "installing dpool${extra:+[$extra]} into .venv ..." >&2
         if ! "$VENV_PYTHON" -m pip install --quiet --editable "$root${extra:+[$extra]}" </dev/null; then
             echo "could not install dpool${extra:+[$extra]} into .venv (pip's words are above)" >&2
-            exec {lock}>&-
+            exec {lock}<&-
             return 1
         fi
         printf '%s' "$wanted" >"$stamp"
     fi
-    exec {lock}>&-
+    exec {lock}<&-
 }

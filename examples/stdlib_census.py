@@ -16,6 +16,7 @@ import sysconfig
 import time
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pool
 from pathlib import Path
@@ -111,7 +112,7 @@ def library_files(limit: int | None) -> list[tuple[str, str]]:
     return found[:limit]
 
 
-def table(title: str, rows: list[tuple[object, ...]]) -> None:
+def table(title: str, rows: Sequence[tuple[object, ...]]) -> None:
     print(f"\n{title}")
     for row in rows:
         first, *rest = (f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row)
@@ -136,7 +137,8 @@ def report(modules: list[Module], functions: list[Function], digests: list[bytes
         for i, count in enumerate((m.lines, m.classes, len(m.functions))):
             sums[i] += count
     largest = sorted(packages.items(), key=lambda item: (-item[1][0], item[0]))[:10]
-    table("Largest packages, by lines", [(v[0], f"{k:<16} {v[1]:>6,} classes {v[2]:>7,} functions") for k, v in largest])
+    rows = [(lines, f"{k:<16} {classes:>6,} classes {count:>7,} functions") for k, (lines, classes, count) in largest]
+    table("Largest packages, by lines", rows)
     longest = sorted(functions, key=lambda f: (-f.lines, f.module, f.name))[:8]
     table("Longest functions, in lines", [(f.lines, f"{f.module}.{f.name}") for f in longest])
     tangled = sorted(functions, key=lambda f: (-f.complexity, f.module, f.name))[:8]

@@ -1,0 +1,238 @@
+"""Owns the targets: how to open a Pool, an Executor or a joblib backend of dpool, the stdlib and each peer.
+
+It never times anything, and imports a target's package only when asked to open it. Called by the cases.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any, Protocol
+
+WORKERS = 2
+
+POOLS = ("dpool", "stdlib", "stdlib-spawn", "loky", "mpire", "ray", "dask")
+EXECUTORS = ("dpool", "stdlib", "stdlib-spawn", "loky", "dask")
+ASYNCIO = ("dpool", "stdlib", "loky", "dask")
+JOBLIB = ("dpool", "loky", "multiprocessing", "dask", "ray")
+
+# The package whose presence says that a peer can be measured. What is not listed is always there.
+PACKAGES = {"loky": "loky", "mpire": "mpire", "ray": "ray", "dask": "distributed"}
+PEERS = ("stdlib-spawn", "loky", "mpire", "ray", "dask", "multiprocessing")
+
+
+class NotHere(Exception):
+    """The target, or the part of it that the case needs, is not installed or not written yet."""
+
+
+class CannotDo(Exception):
+    """The target is here, but has nothing that corresponds to the case."""
+
+
+class BenchPool(Protocol):
+    """What the pool cases ask of a target."""
+
+    def apply(self, f: Callable[[Any], Any], x: Any) -> Any: ...
+    def apply_many(self, f: Callable[[Any], Any], xs: Iterable[Any]) -> list[Any]: ...
+    def map(self, f: Callable[[Any], Any], xs: Iterable[Any], chunksize: int | None) -> list[Any]: ...
+    def unordered(self, f: Callable[[Any], Any], xs: Iterable[Any]) -> Iterable[Any]: ...
+
+
+def installed(target: str) -> bool:
+    """Whether the runner should try this target at all."""
+    return target not in PACKAGES or importlib.util.find_spec(PACKAGES[target]) is not None
+
+
+def module(name: str) -> ModuleType:
+    """Import a module; NotHere if it does not exist (and not if it exists and fails to import another)."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise NotHere(f"no module {error.name}") from None
+        raise
+
+
+def attribute(name: str, of: ModuleType) -> Any:
+    """A name of a module; NotHere if it has none such."""
+    try:
+        return getattr(of, name)
+    except AttributeError:
+        raise NotHere(f"{of.__name__} has no {name}") from None
+
+
+class _StdlibShaped:
+    """A Pool with multiprocessing's own methods: the stdlib's, dpool's and Ray's."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def apply(self, f: Callable[[Any], Any], x: Any) -> Any:
+        return self._pool.apply(f, (x,))
+
+    def apply_many(self, f: Callable[[Any], Any], xs: Iterable[Any]) -> list[Any]:
+        return [r.get() for r in [self._pool.apply_async(f, (x,)) for x in xs]]
+
+    def map(self, f: Callable[[Any], Any], xs: Iterable[Any], chunksize: int | None) -> list[Any]:
+        result: list[Any] = self._pool.map(f, xs, chunksize)
+        return result
+
+    def unordered(self, f: Callable[[Any], Any], xs: Iterable[Any]) -> Iterable[Any]:
+        results: Iterable[Any] = self._pool.imap_unordered(f, xs, 1)
+        return results
+
+
+class _Mpire:
+    """mpire has a Pool's methods under its own names."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def apply(self, f: Callable[[Any], Any], x: Any) -> Any:
+        return self._pool.apply(f, (x,))
+
+    def apply_many(self, f: Callable[[Any], Any], xs: Iterable[Any]) -> list[Any]:
+        return [r.get() for r in [self._pool.apply_async(f, (x,)) for x in xs]]
+
+    def map(self, f: Callable[[Any], Any], xs: Iterable[Any], chunksize: int | None) -> list[Any]:
+        result: list[Any] = self._pool.map(f, xs, chunk_size=chunksize, concatenate_numpy_output=False)
+        return result
+
+    def unordered(self, f: Callable[[Any], Any], xs: Iterable[Any]) -> Iterable[Any]:
+        results: Iterable[Any] = self._pool.imap_unordered(f, xs, chunk_size=1)
+        return results
+
+
+class _OverExecutor:
+    """A peer that has an Executor and no Pool: loky and Dask. map's default chunk there is one task."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    def apply(self, f: Callable[[Any], Any], x: Any) -> Any:
+        return self._executor.submit(f, x).result()
+
+    def apply_many(self, f: Callable[[Any], Any], xs: Iterable[Any]) -> list[Any]:
+        return [r.result() for r in [self._executor.submit(f, x) for x in xs]]
+
+    def map(self, f: Callable[[Any], Any], xs: Iterable[Any], chunksize: int | None) -> list[Any]:
+        return list(self._executor.map(f, xs, chunksize=1 if chunksize is None else chunksize))
+
+    def unordered(self, f: Callable[[Any], Any], xs: Iterable[Any]) -> Iterable[Any]:
+        return self._executor.map(f, xs)
+
+
+@contextmanager
+def open_pool(target: str) -> Iterator[BenchPool]:
+    """A pool of WORKERS processes of this target. fork where the target lets one choose, but for stdlib-spawn."""
+    if target in ("stdlib", "stdlib-spawn"):
+        with start_pool("multiprocessing", "spawn" if target == "stdlib-spawn" else "fork") as pool:
+            yield _StdlibShaped(pool)
+    elif target == "dpool":
+        with start_pool("dpool.multiprocessing", "fork") as pool:
+            yield _StdlibShaped(pool)
+    elif target == "mpire":
+        with module("mpire").WorkerPool(n_jobs=WORKERS, start_method="fork", keep_alive=True) as pool:
+            yield _Mpire(pool)
+    elif target == "ray":
+        with _ray():
+            pool = module("ray.util.multiprocessing").Pool(WORKERS)
+            yield _StdlibShaped(pool)
+            pool.terminate()
+    elif target in ("loky", "dask"):
+        with open_executor(target) as executor:
+            yield _OverExecutor(executor)
+    else:
+        raise CannotDo(f"{target} has no Pool")
+
+
+def start_pool(package: str, method: str) -> Any:
+    """A Pool from `package` with this start method: what a program writes, with no wrapper around it."""
+    pool = attribute("Pool", module(f"{package}.pool"))
+    return pool(WORKERS, context=multiprocessing.get_context(method))
+
+
+@contextmanager
+def open_executor(target: str) -> Iterator[Executor]:
+    """An executor of WORKERS processes of this target."""
+    if target in ("stdlib", "stdlib-spawn", "dpool"):
+        package = "dpool.concurrent.futures" if target == "dpool" else "concurrent.futures"
+        context = multiprocessing.get_context("spawn" if target == "stdlib-spawn" else "fork")
+        with attribute("ProcessPoolExecutor", module(package))(WORKERS, mp_context=context) as executor:
+            yield executor
+    elif target == "loky":
+        with module("loky").ProcessPoolExecutor(max_workers=WORKERS) as executor:
+            yield executor
+    elif target == "dask":
+        with _dask() as client, client.get_executor() as executor:
+            yield executor
+    else:
+        raise CannotDo(f"{target} has no Executor")
+
+
+@contextmanager
+def joblib_backend(target: str) -> Iterator[Callable[[], Any]]:
+    """This target's backend with WORKERS jobs as joblib's default. Yields a function that makes a joblib.Parallel."""
+    joblib = module("joblib")
+    with ExitStack() as opened:
+        if target == "dpool":
+            attribute("register", module("dpool.joblib"))()
+        elif target == "dask":
+            opened.enter_context(_dask())
+        elif target == "ray":
+            opened.enter_context(_ray())
+            module("ray.util.joblib").register_ray()
+        elif target not in ("loky", "multiprocessing"):
+            raise CannotDo(f"{target} has no joblib backend")
+        opened.enter_context(joblib.parallel_config(backend=target, n_jobs=WORKERS))
+        yield joblib.Parallel
+
+
+@contextmanager
+def _ray() -> Iterator[ModuleType]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    # Tasks are functions of this package, and Ray's workers start elsewhere.
+    os.environ["PYTHONPATH"] = os.getcwd()
+    ray = module("ray")
+    ray.init(
+        num_cpus=WORKERS,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=2 << 30,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def open_ray() -> Iterator[ModuleType]:
+    """Ray itself, started as for its Pool: for the cases of the store."""
+    with _ray() as ray:
+        yield ray
+
+
+@contextmanager
+def _dask() -> Iterator[Any]:
+    distributed = module("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=WORKERS,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            host="127.0.0.1",
+            silence_logs=50,
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
