@@ -39,8 +39,11 @@ ready_venv() {
     wanted=$("$VENV_PYTHON" --version; echo "$root"; cat "$root/pyproject.toml")
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing dpool${extra:+[$extra]} into .venv ..." >&2
-        if ! "$VENV_PYTHON" -m pip install --quiet --editable "$root${extra:+[$extra]}" </dev/null; then
-            echo "could not install dpool${extra:+[$extra]} into .venv (pip's words are above)" >&2
+        # What pip says matters only when it fails.
+        if ! "$VENV_PYTHON" -m pip install --quiet --editable "$root${extra:+[$extra]}" </dev/null >"$venv/pip.log" 2>&1
+        then
+            cat "$venv/pip.log" >&2
+            echo "could not install dpool${extra:+[$extra]} into .venv; pip's words are above" >&2
             exec {lock}<&-
             return 1
         fi

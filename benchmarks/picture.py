@@ -15,7 +15,7 @@ from benchmarks.runner import CaseResult
 
 WIDTH = 880
 LEFT = 316  # where the scale begins; the titles stand left of it
-RIGHT = WIDTH - 64  # the label of the fastest dot still fits right of it
+RIGHT = WIDTH - 84  # dpool's figures stand in a column right of it
 ROW = 26
 HEADING = 38
 TOP = 74
@@ -106,7 +106,7 @@ def draw(cases: dict[str, Case], results: list[CaseResult], run: dict[str, Any])
             heading = escape(FAMILIES.get(family, family))
             body.append(
                 f'<text x="0" y="{y - 10}" class="heading">{heading}'
-                f'<tspan class="quiet" font-weight="400">  1 = {escape(case.reference)}</tspan></text>'
+                f'<tspan dx="9" class="quiet" font-weight="400">1 = {escape(case.reference)}</tspan></text>'
             )
         middle = y + ROW / 2
         body.append(f'<text x="{LEFT - 14}" y="{middle + 4:.1f}" text-anchor="end">{escape(case.title)}</text>')
@@ -120,11 +120,8 @@ def draw(cases: dict[str, Case], results: list[CaseResult], run: dict[str, Any])
                 colour, kind, _ = MARKS[target]
                 body.append(shape(kind, across(times), middle, colour))
         body.append(f'<circle cx="{ours:.1f}" cy="{middle:.1f}" r="6" fill="{OURS}"/>')
-        # Left of the dot when it lies left of the line, so that the label never stands on the bar.
-        side, anchor = (10, "start") if row["dpool"] >= 1 else (-10, "end")
         body.append(
-            f'<text x="{ours + side:.1f}" y="{middle + 4.5:.1f}" text-anchor="{anchor}" class="ours">'
-            f"{number(row['dpool'])}×</text>"
+            f'<text x="{WIDTH}" y="{middle + 4.5:.1f}" text-anchor="end" class="ours">{number(row["dpool"])}×</text>'
         )
         y += ROW
     bottom = y + 6
