@@ -53,7 +53,7 @@ def main() -> int:
             of_suite = [_judge(done.suite, outcome, options.target) for outcome in done.outcomes]
             judged += of_suite
             _print_suite(done, of_suite, options.verbose)
-    judged += _print_names(chosen, options)
+    judged += _print_names(chosen, missing, options)
     if options.json:
         report = {"missing": missing, "tests": [asdict(test) for test in judged]}
         options.json.write_text(json.dumps(report, indent=1))
@@ -99,9 +99,7 @@ def _wanted(suite: str, context: str, test: str, options: argparse.Namespace) ->
     if options.white_box != options.black_box and options.white_box != (f"{suite}.{test}" in names.WHITE_BOX):
         return False
     known_as = f"{suite}/{context}.{test}"
-    return not options.only or any(
-        fnmatchcase(known_as, pattern) or pattern in known_as for pattern in options.only
-    )
+    return not options.only or any(fnmatchcase(known_as, pattern) or pattern in known_as for pattern in options.only)
 
 
 def _judge(suite: Suite, outcome: Outcome, target: str) -> Judged:
@@ -135,20 +133,20 @@ def _print_suite(done: SuiteRun, judged: list[Judged], verbose: bool) -> None:
     sys.stdout.flush()
 
 
-def _print_names(chosen: list[Suite], options: argparse.Namespace) -> list[Judged]:
+def _print_names(chosen: list[Suite], missing: list[str], options: argparse.Namespace) -> list[Judged]:
     """Report the tests that names.py does not know, and fail those it knows that were not found."""
     for suite in chosen:
         new = set(suite.tests) - names.KNOWN.get(f"{suite.family}/{suite.name}", frozenset())
         if new:
             print(f"NEW in {suite}, to be sorted into names.py: {' '.join(sorted(new))}")
-    if options.only or options.white_box or options.black_box:
-        return []
-    found = {(f"{suite.family}/{suite.name}", suite.context): set(suite.tests) for suite in chosen}
-    complete = {(suite.family, suite.context) for suite in chosen}
+    found = {(str(suite), test) for suite in chosen for test in suite.tests}
     lost = []
     for name, context in names.rows():
-        if (name.split("/")[0], context) in complete:
-            for test in sorted(names.REQUIRED[name] - found.get((name, context), set())):
+        family = name.split("/")[0]
+        if family in missing or options.family not in (family, "all") or options.context not in (context, "all"):
+            continue
+        for test in sorted(names.REQUIRED[name]):
+            if _wanted(name, context, test, options) and (f"{name}/{context}", test) not in found:
                 lost.append(Judged(name, context, test, "black", "failed", "in names.py, but not found", 0.0))
                 print(f"LOST: {name}/{context}.{test} is in names.py, but was not found")
     return lost

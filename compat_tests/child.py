@@ -11,6 +11,7 @@ import os
 import time
 import traceback
 import unittest
+from importlib import import_module
 from typing import Any
 
 from compat_tests import suites
@@ -18,6 +19,8 @@ from compat_tests.targets import TARGETS
 
 # The name under which what happens around the tests is reported: fixtures of class and module, exit, left-overs.
 AROUND = "(around the tests)"
+# How long nothing may happen while no test runs. Longer than any fixture takes, and than an orderly exit.
+AROUND_LIMIT_S = 30.0
 
 
 def main(channel: int, target: str, family: str, name: str, context: str, tests: list[str], limit_s: float) -> None:
@@ -30,20 +33,19 @@ def main(channel: int, target: str, family: str, name: str, context: str, tests:
         return
     unittest.TestSuite(map(cls, tests)).run(result)
     result.report_environment(AROUND)
+    faulthandler.dump_traceback_later(AROUND_LIMIT_S * 0.9)  # in case the exit hangs
 
 
 class _Reporter(unittest.TestResult):
     def __init__(self, channel: int, limit_s: float) -> None:
         super().__init__()
-        from test import support
-
-        self._support = support
+        self._support: Any = import_module("test.support")
         self._channel = channel
         self._limit_s = limit_s
         self._started = time.monotonic()
         self._outcome = ("passed", "")
         # CPython's tests warn of dangling threads and processes here, beside setting environment_altered.
-        self._warnings = support.print_warning.orig_stderr = io.StringIO()
+        self._warnings = self._support.print_warning.orig_stderr = io.StringIO()
 
     def startTest(self, test: unittest.TestCase) -> None:
         super().startTest(test)

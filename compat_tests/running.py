@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compat_tests.child import AROUND
+from compat_tests.child import AROUND, AROUND_LIMIT_S
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +27,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 TEST_LIMIT_S = 120.0
 # What the stdlib itself leaves running for a moment (resource tracker, fork server) ends by then.
 LEFT_OVER_GRACE_S = 3.0
+# Characters of a dead or hanging child's output that are shown: enough for the stacks of a dozen threads.
+OUTPUT_SHOWN = 6000
 
 _MARK = "DPOOL_COMPAT_MARK"
 
@@ -113,17 +115,16 @@ def _run_child(done: SuiteRun, tests: list[str], target: str, limit_s: float, fo
                         done.outcomes.append(outcome)
             ending = f"the process ended with {child.returncode}" if child.returncode else ""
         except TimeoutError:
-            ending = f"nothing happened for {limit_s:.0f} s"
+            ending = f"nothing happened for {limit_s if running else AROUND_LIMIT_S:.0f} s"
         left_over = _end_all(mark, 0 if ending else LEFT_OVER_GRACE_S)
         child.wait()
         output.seek(0)
         text = output.read().decode(errors="replace")
         done.output += text
 
-    if ending and running:
-        done.outcomes.append(Outcome(running, "failed", f"{ending} in this test; the end of its output:\n{text[-6000:]}"))
-    elif ending:
-        done.outcomes.append(Outcome(AROUND, "failed", f"{ending}; the end of its output:\n{text[-6000:]}"))
+    if ending:
+        detail = f"{ending}; the end of the output:\n{text[-OUTPUT_SHOWN:]}"
+        done.outcomes.append(Outcome(running or AROUND, "failed", detail))
     elif left_over:
         done.outcomes.append(Outcome(AROUND, "failed", "left-over processes:\n" + "\n".join(left_over)))
     if not running and (waiting := [test for test in tests if test in done.waiting()]):
@@ -133,25 +134,28 @@ def _run_child(done: SuiteRun, tests: list[str], target: str, limit_s: float, fo
 
 
 def _events(child: subprocess.Popen[bytes], channel: Any, limit_s: float) -> Iterator[dict[str, Any]]:
-    """The child's events until it ends. Raises TimeoutError after `limit_s` seconds without one.
+    """The child's events until it ends. Raises TimeoutError if a test, or what is around them, exceeds its limit.
 
     Forked workers hold the writing end too, so the end is seen by the child's own descriptor, not by end-of-file.
     """
     os.set_blocking(channel.fileno(), False)
     pending = b""
+    wait_s = AROUND_LIMIT_S
     with _pidfd(child.pid) as process:
         poll = select.poll()
         poll.register(process, select.POLLIN)
         poll.register(channel, select.POLLIN)
         while True:
-            ready = [descriptor for descriptor, _ in poll.poll(limit_s * 1000)]
+            ready = [descriptor for descriptor, _ in poll.poll(wait_s * 1000)]
             if not ready:
                 raise TimeoutError
             while data := channel.read(65536):
                 *lines, pending = (pending + data).split(b"\n")
-                yield from map(json.loads, lines)
-            if data == b"" and channel.fileno() in ready:  # everyone has closed it: only the end of the process is left to wait for
-                poll.unregister(channel)
+                for event in map(json.loads, lines):
+                    wait_s = limit_s if event["event"] == "start" else AROUND_LIMIT_S
+                    yield event
+            if data == b"" and channel.fileno() in ready:
+                poll.unregister(channel)  # everyone has closed it: only the end of the process is left to wait for
             if process in ready:
                 child.wait()
                 return

@@ -4,12 +4,15 @@ Replaces names in the namespaces of test modules and in the text of the programs
 multiprocessing or concurrent.futures. Called by child.py, in the process that runs one class.
 """
 
+import concurrent.futures
+import functools
 import multiprocessing
+import multiprocessing.pool
 import re
-import sys
 from collections.abc import Callable
 from importlib import import_module
-from multiprocessing.managers import PoolProxy, SyncManager
+from multiprocessing import managers
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,13 +28,18 @@ class View(ModuleType):
 
     def __init__(self, module: ModuleType, **replaced: object) -> None:
         super().__init__(module.__name__)
-        self.__dict__.update(replaced, _viewed=module)
+        vars(self).update(replaced, _viewed=module)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_viewed"], name)
+        return getattr(vars(self)["_viewed"], name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(self.__dict__["_viewed"], name, value)
+        setattr(vars(self)["_viewed"], name, value)
+
+
+def replace(module: ModuleType, **replaced: object) -> None:
+    """Set names in a module's namespace, also in a View's own."""
+    vars(module).update(replaced)
 
 
 def hosting_manager(target: Target) -> type[SyncManager]:
@@ -39,9 +47,12 @@ def hosting_manager(target: Target) -> type[SyncManager]:
 
     The server runs the stdlib's own _run_server, so it needs nothing of this package.
     """
-    manager = type("SyncManager", (SyncManager,), {"_run_server": staticmethod(SyncManager._run_server)})  # type: ignore[attr-defined]
-    manager.register("Pool", target.load_multiprocessing()[1].Pool, PoolProxy)
-    return manager
+
+    class Manager(SyncManager):
+        _run_server = staticmethod(vars(managers.BaseManager)["_run_server"].__get__(None, SyncManager))
+
+    Manager.register("Pool", target.load_multiprocessing()[1].Pool, vars(managers)["PoolProxy"])
+    return Manager
 
 
 class Programs:
@@ -65,7 +76,8 @@ class Programs:
         """The program's text with its imports pointing to the target; a text without such imports is an error."""
         changed = 0
         for pattern, replacement in self._rules:
-            text, count = re.subn(rf"(?m)^(\s*){pattern}", lambda m, r=replacement: m[1] + r, text)
+            # A backslash in the checkout's path is none of re's.
+            text, count = re.subn(rf"(?m)^(\s*){pattern}", r"\1" + replacement.replace("\\", r"\\"), text)
             changed += count
         if not changed:
             raise AssertionError(f"compat_tests found no import of a pool to rewrite in:\n{text}")
@@ -92,12 +104,11 @@ def into_multiprocessing_tests(target: Target, start_method: str) -> ModuleType:
     helper = import_module("test.support.script_helper")
     run = Programs(target, start_method).rewriting(helper.assert_python_ok)
     helper_view = View(helper, assert_python_ok=run)
-    tests.script_helper = helper_view
-    tests.test = View(tests.test, support=View(tests.test.support, script_helper=helper_view))
-    tests.multiprocessing = View(
-        multiprocessing,
-        Pool=package.Pool,
-        pool=View(multiprocessing.pool, Pool=pool.Pool),
+    replace(
+        tests,
+        multiprocessing=View(multiprocessing, Pool=package.Pool, pool=View(multiprocessing.pool, Pool=pool.Pool)),
+        script_helper=helper_view,
+        test=View(import_module("test"), support=View(import_module("test.support"), script_helper=helper_view)),
     )
     return tests
 
@@ -115,7 +126,7 @@ def into_pool_classes(target: Target, tests: ModuleType, classes: dict[str, type
         if name.startswith("WithProcesses"):
             cls.Pool = staticmethod(package.Pool)  # type: ignore[attr-defined]
         if name.startswith("WithManager"):
-            tests.multiprocessing.__dict__["Manager"] = lambda: _started(manager)
+            replace(tests.multiprocessing, Manager=functools.partial(_started, manager))
         if hasattr(cls, "manager_class"):
             cls.manager_class = manager
         if name == "TestStdinBadfiledescriptor":
@@ -145,7 +156,7 @@ def _check_pool_in_process(target: Target, tests: ModuleType, cls: type[TestCase
         started.clear()  # tearDownModule takes a process that is still referred to for one left behind
         self.assertEqual(exit_codes, [0])
 
-    tests.multiprocessing.__dict__["Process"] = process
+    replace(tests.multiprocessing, Process=process)
     cls.tearDown = check_exit_code  # type: ignore[method-assign]
 
 
@@ -167,21 +178,19 @@ def into_main_handling_tests(target: Target) -> ModuleType:
     def make_zip_pkg_rewritten(folder: str, base: str, package: str, name: str, source: str, depth: int = 1) -> Any:
         return make_zip_pkg(folder, base, package, name, programs.rewrite(source), depth)
 
-    tests.make_script, tests.make_zip_pkg = make_script_rewritten, make_zip_pkg_rewritten
+    replace(tests, make_script=make_script_rewritten, make_zip_pkg=make_zip_pkg_rewritten)
     return tests
 
 
 def into_executor_tests(target: Target, modules: list[ModuleType]) -> None:
     """Replace ProcessPoolExecutor in the modules of test_concurrent_futures and in the programs they start."""
-    import concurrent.futures
-
     executor = target.load_futures().ProcessPoolExecutor
     view = View(concurrent.futures, ProcessPoolExecutor=executor)
     programs = Programs(target)
     for module in modules:
-        module.futures = view
+        replace(module, futures=view)
         if hasattr(module, "assert_python_ok"):
-            module.assert_python_ok = programs.rewriting(module.assert_python_ok)
+            replace(module, assert_python_ok=programs.rewriting(module.assert_python_ok))
         for name, mixin in vars(module).items():
             if re.fullmatch(r"ProcessPool\w+Mixin", name):
                 mixin.executor_type = executor
@@ -189,9 +198,7 @@ def into_executor_tests(target: Target, modules: list[ModuleType]) -> None:
 
 def into_asyncio_tests(target: Target) -> ModuleType:
     """Replace ProcessPoolExecutor in test_asyncio's tests of run_in_executor."""
-    import concurrent.futures
-
     tests = import_module("test.test_asyncio.test_events")
     view = View(concurrent.futures, ProcessPoolExecutor=target.load_futures().ProcessPoolExecutor)
-    tests.concurrent = View(sys.modules["concurrent"], futures=view)
+    replace(tests, concurrent=View(concurrent, futures=view))
     return tests

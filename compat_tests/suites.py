@@ -41,6 +41,10 @@ def find(family: str, context: str, target: Target | None = None) -> Suites:
             return _find_executor(context, target)
         case "asyncio":
             return _find_asyncio(context, target)
+        case "harness":  # not CPython's: what test_harness.py runs
+            return {
+                name: (cls, _test_names(cls)) for name, cls in _test_classes(import_module("compat_tests.stand_ins"))
+            }
     raise ValueError(family)
 
 
@@ -53,9 +57,9 @@ def _find_pool(family: str, context: str, target: Target | None) -> Suites:
     made = ModuleType("compat_tests.made_by_cpython")
     sys.modules[made.__name__] = made
     tests.install_tests_in_module_dict(vars(made), context)
-    suites = {}
+    suites: Suites = {}
     for name, cls in _test_classes(made):
-        chosen = [test for test in defaultTestLoader.getTestCaseNames(cls) if _family_of(cls, test) == family]
+        chosen = [test for test in _test_names(cls) if _family_of(cls, test) == family]
         if chosen:
             suites[name] = (cls, chosen)
     if target:
@@ -78,11 +82,9 @@ def _find_main(context: str, target: Target | None) -> Suites:
     tests = import_module("test.test_multiprocessing_main_handling")
     if target:
         substitution.into_main_handling_tests(target)
-    return {
-        "CmdLineTest": (cls, defaultTestLoader.getTestCaseNames(cls))
-        for _, cls in _test_classes(tests)
-        if getattr(cls, "start_method", None) == context
-    }
+    # One class for each start method, of which the rest of the name is the same.
+    [cls] = [cls for _, cls in _test_classes(tests) if getattr(cls, "start_method", None) == context]
+    return {"CmdLineTest": (cls, _test_names(cls))}
 
 
 def _find_executor(context: str, target: Target | None) -> Suites:
@@ -101,9 +103,9 @@ def _find_executor(context: str, target: Target | None) -> Suites:
         for name, cls in _test_classes(module):
             # ProcessPoolSpawnWaitTest is WaitTest under spawn.
             if match := re.fullmatch(rf"ProcessPool{_SPELLING[context]}([A-Z]\w+)", name):
-                suites[match[1]] = (cls, defaultTestLoader.getTestCaseNames(cls))
+                suites[match[1]] = (cls, _test_names(cls))
             elif name == "FailingInitializerResourcesTest":  # has a test for each start method but fork
-                if (test := f"test_{context}") in defaultTestLoader.getTestCaseNames(cls):
+                if (test := f"test_{context}") in _test_names(cls):
                     suites[name] = (cls, [test])
     return suites
 
@@ -113,13 +115,16 @@ def _find_asyncio(context: str, target: Target | None) -> Suites:
     if target:
         substitution.into_asyncio_tests(target)
         multiprocessing.set_start_method(context, force=True)
-    suites = {}
+    suites: Suites = {}
     for name, cls in _test_classes(tests):
-        all_tests = defaultTestLoader.getTestCaseNames(cls)
-        chosen = [t for t in all_tests if "ProcessPoolExecutor(" in inspect.getsource(getattr(cls, t))]
+        chosen = [test for test in _test_names(cls) if "ProcessPoolExecutor(" in inspect.getsource(getattr(cls, test))]
         if chosen:
             suites[name] = (cls, chosen)
     return suites
+
+
+def _test_names(cls: type[TestCase]) -> list[str]:
+    return list(defaultTestLoader.getTestCaseNames(cls))
 
 
 def _test_classes(module: ModuleType) -> Iterator[tuple[str, type[TestCase]]]:
