@@ -1,0 +1,510 @@
+"""A group of workers as its driver sees it: takes tasks in, sends batches, hands outcomes to the sinks.
+
+Owns the group's one I/O thread and the lock of its Dispatch; decides nothing itself. The submitting thread sends when a
+worker has room; the I/O thread receives, and sends what waited. Made by an engine, used by the doors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import socket
+import threading
+import time
+
+from dpool import engine
+from dpool.cluster.driver.dispatch import Batch, Dispatch, Job
+from dpool.cluster.driver.functions import table
+from dpool.cluster.store import segments
+from dpool.cluster.wire import frames, pickling
+from dpool.engine import Failure
+from dpool.errors import DpoolError, ForeignProcess, GroupBroken, GroupTerminated, RemoteError, WorkerDied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any, Protocol
+
+    from dpool.engine import GroupSpec, Sink
+
+    class Port(Protocol):
+        """The way to a group's workers: dpool.cluster.node.workers.Workers, or a link to another machine."""
+
+        splits: bool
+        count: int
+        processes: list[Any]
+
+        def start(self) -> None: ...
+        def demand(self, queued: int, inflight: int) -> None: ...
+        def send(self, parts: list[bytes], descriptors: list[int]) -> bool: ...
+        def wake(self) -> None: ...
+        def poll(self, timeout: float | None) -> Iterator[tuple[int, Any, list[int] | None]]: ...
+        def claimed(self) -> dict[int, int]: ...
+        def steal(self, number: int) -> int: ...
+        def close_tasks(self) -> None: ...
+        def kill(self) -> None: ...
+        def close(self) -> None: ...
+
+# A batch that no worker is in is given up as lost after a worker's death if it still is in none after this time.
+# Longer than a worker needs from taking a message off the socket to saying so.
+LOST_AFTER_S = 0.1
+
+_names = itertools.count(1)
+
+
+class Group:
+    """The driver's side of a worker group; implements dpool.engine.WorkerGroup.
+
+    Any thread of the process that made it may call its methods. Sinks are called by the I/O thread, holding no lock.
+    """
+
+    def __init__(self, spec: GroupSpec, port: Port, supervisor: Any) -> None:
+        self.spec = spec
+        self.port = port
+        self._supervisor = supervisor
+        # Guards _dispatch and the flags below. Held for bookkeeping only: never while something is pickled, sent, or
+        # reported to a sink, for those run code of the user's, which may submit again.
+        self._lock = threading.Lock()
+        self._dispatch = Dispatch(port.count, spec.retries, spec.max_tasks, port.splits)
+        self._closing = False
+        self._tasks_closed = False
+        self._ended: DpoolError | None = None  # why nothing more can run: GroupBroken or GroupTerminated
+        self._suspects: dict[int, float] = {}  # batches that may have been lost -> when to decide
+        self._timer_armed = False
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._loop, name=f"dpool-{next(_names)}", daemon=True)
+        self._thread.start()
+
+    # -- what the doors call
+
+    def submit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink,
+               asks_start: bool = False) -> Job:
+        """Queue one call; its outcome goes to `sink` as task 0. See dpool.engine.WorkerGroup."""
+        known = table.get(function)
+        job = Job(known, known.timing, engine.CALL, ((args, kwargs),), sink, 1, asks_start)
+        self._add(job)
+        return job
+
+    def submit_many(self, function: Callable[..., Any], items: Sequence[Any], mode: int, sink: Sink,
+                    chunk: int = 1) -> Job:
+        """Queue one task for each `chunk` consecutive items, in one step."""
+        known = table.get(function)
+        job = Job(known, known.timing if chunk == 1 else type(known.timing)(), mode, items, sink, chunk)
+        self._add(job)
+        return job
+
+    def open_stream(self, function: Callable[..., Any], mode: int, sink: Sink) -> Stream:
+        """A job whose items come one after the other; it keeps the group open until it is sealed."""
+        known = table.get(function)
+        timing = known.timing if mode in (engine.MAP, engine.STAR) else type(known.timing)()
+        job = Job(known, timing, mode, [], sink, open=True)
+        self._add(job)
+        return Stream(self, job)
+
+    def cancel(self, job: Job) -> int:
+        """Drop the tasks of `job` that were not sent yet; returns how many that was. Their sink is not told."""
+        with self._lock:
+            dropped = self._dispatch.cancel(job)
+        self.port.wake()
+        return dropped
+
+    def close(self) -> None:
+        """Take no more tasks; the accepted ones still finish, then the workers end. Does not block."""
+        self._closing = True
+        self.port.wake()
+
+    def terminate(self) -> None:
+        """End the workers now; what has no outcome yet fails as ABANDONED. Does not block."""
+        if self._pid == os.getpid():
+            self._end(GroupTerminated("the pool was terminated before this task had a result"))
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until every worker has ended; False if `timeout` seconds pass first, or in the I/O thread itself."""
+        if self._thread is threading.current_thread() or self._pid != os.getpid():
+            return False
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def processes(self) -> list[Any]:
+        """The living workers' process objects; the list itself changes as workers come and go."""
+        return self.port.processes
+
+    @property
+    def queued(self) -> int:
+        """Tasks that were accepted and not yet sent."""
+        return self._dispatch.queued
+
+    def maintain(self) -> None:
+        """Start the workers that are missing, now, in this thread."""
+        self.port.start()
+        self._dispatch.workers = self.port.count
+
+    def _add(self, job: Job) -> None:
+        if self._pid != os.getpid():
+            raise ForeignProcess(f"this pool was created in process {self._pid} and serves only that process; "
+                                 f"this is process {os.getpid()}: create a pool of its own here")
+        with self._lock:
+            if self._ended is not None:
+                raise type(self._ended)(*self._ended.args) from self._ended.__cause__
+            self._dispatch.add(job)
+        self._pump()
+
+    # -- sending
+
+    def _pump(self) -> None:
+        """Send batches while there are tasks and credits."""
+        dispatch = self._dispatch
+        if self.spec.on_demand and dispatch.queue:
+            self.port.demand(dispatch.queued, len(dispatch.inflight))
+            dispatch.workers = self.port.count
+        while dispatch.queue:
+            with self._lock:
+                batch = dispatch.next_batch(time.monotonic())
+            if batch is None:
+                break
+            if not self._send(batch):
+                break
+        if not self._timer_armed and dispatch.steal_at() is not None:
+            # The I/O thread waits without a limit: make it look at the clock.
+            self._timer_armed = True
+            self.port.wake()
+
+    def _send(self, batch: Batch) -> bool:
+        """Encode and send; False if it must wait for the next result."""
+        if batch.jobs is not None:
+            refused = [i for i, job in enumerate(batch.jobs) if job.asks_start and not job.sink.start()]
+            if refused:
+                with self._lock:
+                    self._dispatch.drop(batch, refused)
+                if not batch.stop:
+                    return True
+        function: Any = batch.function
+        packed, errors = pickling.pack(batch.items(), by_value=True)
+        if errors:
+            self._refuse(batch, errors)
+            return True
+        flags = function.flags
+        if packed.one:
+            flags |= frames.ONE_PICKLE
+        if batch.job.unsettled > batch.stop:
+            flags |= frames.KEEP_FUNCTION
+        body, segment = packed.body, -1
+        descriptors = [function.descriptor] if function.descriptor >= 0 else []
+        if packed.buffers or len(body) > frames.INLINE_MAX_BYTES:
+            try:
+                segment, body = segments.write([body, *packed.buffers])
+            except OSError as error:
+                self._refuse(batch, [(index, error) for index in range(batch.stop)])
+                return True
+            flags |= frames.BODY_IN_SEGMENT
+            descriptors.append(segment)
+        header = frames.TASKS.pack(flags, batch.mode, 0, function.number, batch.number, batch.stop,
+                                   len(function.inline))
+        try:
+            sent = self.port.send([header, function.inline, body], descriptors)
+        except (BrokenPipeError, OSError):
+            sent = False  # terminated meanwhile: whoever did that reports the tasks
+        finally:
+            if segment >= 0:
+                os.close(segment)
+        if not sent:
+            with self._lock:
+                if batch.number in self._dispatch.inflight:
+                    self._dispatch.unsend(batch)
+        return sent
+
+    def _refuse(self, batch: Batch, errors: list[tuple[int, Exception]]) -> None:
+        """Some items of a batch cannot be pickled: they fail, the others go back to the queue."""
+        items = batch.items()
+        with self._lock:
+            dropped = self._dispatch.drop(batch, [index for index, _ in errors])
+            if batch.number in self._dispatch.inflight:
+                self._dispatch.unsend(batch)
+        for (job, task), (index, error) in zip(dropped, errors, strict=True):
+            if type(error) in (TypeError, pickle.PicklingError, AttributeError):
+                where = _culprit(items[index], batch.mode)
+                error = type(error)(f"{error} ({where})").with_traceback(error.__traceback__)
+            job.sink.fail(task, Failure(engine.ARGUMENT_LOST, error))
+
+    # -- receiving
+
+    def _loop(self) -> None:
+        """The I/O thread: until every worker has ended and nothing is left to report."""
+        port, dispatch = self.port, self._dispatch
+        while True:
+            with self._lock:
+                deadline = dispatch.steal_at()
+                if self._suspects:
+                    first = min(self._suspects.values())
+                    deadline = first if deadline is None else min(deadline, first)
+                self._timer_armed = deadline is not None
+            timeout = None if deadline is None else max(deadline - time.monotonic(), 0.001)
+            for kind, what, descriptors in port.poll(timeout):
+                if kind == 0:
+                    self._on_results(what, descriptors or [])
+                else:
+                    self._on_death(what)
+            if deadline is not None:
+                self._on_timer(time.monotonic())
+            self._pump()
+            if self._closing and not self._tasks_closed and self._finished():
+                self._tasks_closed = True
+                port.close_tasks()
+            if not port.count and (self._tasks_closed or self._ended is not None):
+                break
+        port.close()
+
+    def _finished(self) -> bool:
+        with self._lock:
+            return self._dispatch.idle
+
+    def _on_results(self, message: memoryview, descriptors: list[int]) -> None:
+        flags, _, slot, number, first, count, executed, run_ns, failure_bytes = frames.RESULTS.unpack_from(message)
+        start = frames.RESULTS.size
+        failures: Any = message[start:start + failure_bytes]
+        body: Any = message[start + failure_bytes:]
+        buffers: Sequence[memoryview] = ()
+        if flags & frames.BODY_IN_SEGMENT:
+            failures, body, *buffers = segments.read(descriptors[0], body)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if flags & frames.BROKEN:
+            failure = _rebuild(pickle.loads(failures)[0])
+            cause = failure.exception
+            broken = GroupBroken(f"the initializer of the workers failed: {type(cause).__name__}: {cause}")
+            broken.__cause__ = cause
+            if failure.traceback:
+                cause.__cause__ = RemoteError(f'\n"""\n{failure.traceback}"""')
+            self._end(broken)
+            return
+        values: list[Any] = []
+        failed: dict[int, Failure] = {}
+        if count:
+            loaded = pickling.unpack(body, buffers, bool(flags & frames.ONE_PICKLE))
+            if isinstance(loaded, list):
+                values = loaded
+            else:
+                for index in range(count):
+                    try:
+                        values.append(loaded.load(index))
+                    except BaseException as error:
+                        values.append(None)
+                        failed[index] = Failure(engine.RESULT_BROKEN, error)
+        if failure_bytes or len(failures):
+            for entry in pickle.loads(failures):
+                failed[entry[0]] = _rebuild(entry)
+        with self._lock:
+            batch = self._dispatch.report(number, first, count)
+            if flags & frames.DONE:
+                self._dispatch.done(number, run_ns, executed)
+        if flags & frames.NEED_VALUE:
+            self._send_by_value(batch, pickle.loads(failures))
+        # The worker's next batch goes out before anyone is told: a callback may take its time.
+        self._pump()
+        if batch is not None:
+            _report(batch, first, values, failed)
+
+    def _send_by_value(self, batch: Batch | None, reason: str) -> None:
+        function: Any = batch.function if batch is not None else None
+        if function is None or function.by_value:
+            return
+        try:
+            table.send_by_value(function)
+        except Exception as error:
+            function.by_value = True
+            failure = Failure(engine.ARGUMENT_LOST, error)
+            with self._lock:
+                doomed = [job for job in self._dispatch.queue if job.function is function]
+                tasks = [(job, [t for first, stop in [*(job.returned or ()), (job.next, -(-len(job.items) // job.chunk))]
+                                for t in range(first, stop)]) for job in doomed]
+                for job in doomed:
+                    self._dispatch.cancel(job)
+            for job, numbers in tasks:
+                for task in numbers:
+                    job.sink.fail(task, failure)
+
+    def _on_death(self, death: Any) -> None:
+        """A worker has ended: settle what it ran, start its replacement."""
+        with self._lock:
+            guilty = self._dispatch.died(death.batch, death.task) if death.batch else None
+            attempts = (guilty[0].attempts or {}).get(guilty[1], 1) if guilty is not None else 1
+            self._dispatch.workers = self.port.count
+            if not death.expected:
+                # It may have taken a batch and died before it could say so: look again when the others have spoken.
+                now = time.monotonic()
+                claimed = self.port.claimed()
+                for number in self._dispatch.inflight:
+                    if number not in claimed:
+                        self._suspects.setdefault(number, now + LOST_AFTER_S)
+        failure = None
+        if guilty is not None or (self.spec.break_on_death and not death.expected):
+            failure = self._describe(death, guilty, attempts)
+        if guilty is not None and failure is not None:
+            guilty[0].sink.fail(guilty[1], failure)
+        if self._ended is None and not self._tasks_closed:
+            if self.spec.break_on_death and not death.expected and failure is not None:
+                broken = GroupBroken(str(failure.exception))
+                broken.__cause__ = failure.exception
+                self._end(broken)
+            elif self._supervisor.hopeless:
+                self._end(GroupBroken(f"{self._supervisor.failed_starts} workers in a row ended before they were "
+                                      f"ready; the last one {death.describe()}"))
+            else:
+                self._replace()
+
+    def _replace(self) -> None:
+        if self._closing and self._finished():
+            return
+        try:
+            self.maintain()
+        except Exception as error:
+            if not self.port.count:
+                broken = GroupBroken(f"no worker can be started: {type(error).__name__}: {error}")
+                broken.__cause__ = error
+                self._end(broken)
+
+    def _describe(self, death: Any, guilty: tuple[Job, int] | None, attempts: int) -> Failure:
+        what = f"task {guilty[1]}" if guilty is not None else "no task"
+        text = (f"the worker process {death.pid} on {socket.gethostname()} {death.describe()} "
+                f"while it was running {what}")
+        if attempts > 1:
+            text += f", at attempt {attempts}"
+        error = WorkerDied(text, death.pid, death.exitcode, socket.gethostname(),
+                           guilty[1] if guilty is not None else None, attempts)
+        return Failure(engine.WORKER_DIED, error, death.trace)
+
+    def _on_timer(self, now: float) -> None:
+        with self._lock:
+            stuck = self._dispatch.should_steal(now)
+        for batch in stuck:
+            count = self.port.steal(batch.number)
+            if count:
+                with self._lock:
+                    self._dispatch.stolen(batch.number, count, now)
+        due = [number for number, when in self._suspects.items() if when <= now]
+        if due:
+            claimed = self.port.claimed()
+            with self._lock:
+                for number in due:
+                    del self._suspects[number]
+                    if number not in self._dispatch.inflight or number in claimed:
+                        continue
+                    if self._still_waits(number, claimed):
+                        self._suspects[number] = now + LOST_AFTER_S
+                    else:
+                        self._dispatch.lost(number)
+
+    def _still_waits(self, number: int, claimed: dict[int, int]) -> bool:
+        """Whether a batch may still be in the socket: messages are taken in order, so not if a later one is taken."""
+        if any(other > number for other in claimed):
+            return False
+        return self._unread()
+
+    def _unread(self) -> bool:
+        import array
+        import fcntl
+        import termios
+
+        unread = array.array("i", [0])
+        fcntl.ioctl(self.port._tasks_end, termios.FIONREAD, unread)  # type: ignore[attr-defined]
+        return unread[0] > 0
+
+    # -- the end
+
+    def _end(self, why: DpoolError) -> None:
+        """Nothing more will run: every task without an outcome fails with `why`, the workers are killed."""
+        with self._lock:
+            if self._ended is not None:
+                return
+            self._ended = why
+            left = self._dispatch.abandon()
+            self._suspects.clear()
+        self.port.kill()
+        failure = Failure(engine.ABANDONED, why)
+        for job, tasks in left:
+            abandon = getattr(job.sink, "abandon", None)
+            if abandon is not None:
+                abandon(failure)
+            else:
+                for task in tasks:
+                    job.sink.fail(task, failure)
+
+
+class Stream:
+    """A job that grows: push() items as they come, then seal() it. Used by one thread."""
+
+    def __init__(self, group: Group, job: Job) -> None:
+        self._group = group
+        self._job = job
+
+    def push(self, item: Any) -> None:
+        """Append one task."""
+        group = self._group
+        with group._lock:
+            if group._ended is not None:
+                return
+            group._dispatch.extend(self._job, (item,))
+        group._pump()
+
+    def seal(self) -> None:
+        """No more items will come."""
+        with self._group._lock:
+            self._group._dispatch.seal(self._job)
+        self._group.port.wake()
+
+    @property
+    def backlog(self) -> int:
+        """Tasks that were pushed and not yet sent."""
+        return self._job.unsettled
+
+
+def _report(batch: Batch, first: int, values: list[Any], failed: dict[int, Failure]) -> None:
+    """Tell the sinks of a batch what became of its tasks."""
+    if batch.jobs is None:
+        base = batch.first + first
+        sink = batch.job.sink
+        if not failed:
+            sink.set(base, values)
+            return
+        start = 0
+        for index in sorted(failed):
+            if index > start:
+                sink.set(base + start, values[start:index])
+            sink.fail(base + index, failed[index])
+            start = index + 1
+        if start < len(values):
+            sink.set(base + start, values[start:])
+        return
+    for index, value in enumerate(values):
+        sink = batch.jobs[first + index].sink
+        if index in failed:
+            sink.fail(0, failed[index])
+        else:
+            sink.set(0, (value,))
+
+
+def _rebuild(entry: tuple[Any, ...]) -> Failure:
+    """A failure as a worker described it: see worker/main.py, describe_exception."""
+    _, kind, data, name, text, traceback, value_repr = entry
+    if data is not None:
+        try:
+            error = pickle.loads(data)
+            if isinstance(error, BaseException):
+                return Failure(kind, error, traceback, value_repr)
+        except BaseException:
+            pass
+    return Failure(kind, RemoteError(text or name, name), traceback, value_repr)
+
+
+def _culprit(item: Any, mode: int) -> str:
+    if mode == engine.CALL:
+        args, kwargs = item
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            name = f"args[{key}]" if isinstance(key, int) else str(key)
+            try:
+                pickling.dumps(value)
+            except Exception:
+                return pickling.culprit(value, name)
+    return pickling.culprit(item, "item")

@@ -1,0 +1,341 @@
+"""A group's workers on this machine: their processes, and the descriptors that tie them to their driver.
+
+Starts, signals and reaps processes and carries messages; what should be started is the supervisor's decision, what
+should be sent the driver's. Owned by the embedded engine's group, whose I/O thread calls poll().
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import socket
+import threading
+import time
+import weakref
+from multiprocessing import util
+
+from dpool.cluster.node.supervisor import Supervisor
+from dpool.cluster.wire import frames
+from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, TRACE_BYTES, Handle, page_bytes, trace_offset
+from dpool.cluster.worker.main import worker_main
+from dpool.cluster.worker.setup import Setup
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from dpool.engine import GroupSpec
+
+_SOCKET_BUFFER_BYTES = 1 << 20
+# How long a worker may take to die of SIGTERM, for handlers of the user's, before SIGKILL.
+TERMINATE_GRACE_S = 1.0
+_CONTROL_BYTES = socket.CMSG_SPACE(4 * 4)
+
+# What poll() yields: (MESSAGE, bytes, descriptors) or (DEATH, Death, None).
+MESSAGE = 0
+DEATH = 1
+
+# Every living Workers of this process: a forked child must let go of the ends that keep workers alive.
+_all: weakref.WeakSet[Workers] = weakref.WeakSet()
+
+
+class Death:
+    """A worker has ended: what it was doing, and how it went."""
+
+    __slots__ = ("slot", "pid", "exitcode", "batch", "task", "ready", "trace", "expected")
+
+    def __init__(self, slot: int, pid: int, exitcode: int | None, batch: int, task: int, ready: bool, trace: str,
+                 expected: bool) -> None:
+        self.slot = slot
+        self.pid = pid
+        self.exitcode = exitcode
+        self.batch = batch
+        self.task = task
+        self.ready = ready
+        self.trace = trace
+        self.expected = expected
+
+    def describe(self) -> str:
+        """How it ended, as a phrase: 'was killed by SIGKILL (-9)'."""
+        code = self.exitcode
+        if code is None:
+            return "ended, nobody knows how"
+        if code >= 0:
+            return f"exited with code {code}"
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return f"was killed by {name} ({code})"
+
+
+class Workers:
+    """Up to `spec.processes` workers on one socket pair. start() and kill() may be called by any thread of the process
+    that made it; poll() by one."""
+
+    def __init__(self, spec: GroupSpec) -> None:
+        self.spec = spec
+        self.supervisor = Supervisor(spec.processes, spec.on_demand)
+        self.processes: list[Any] = []  # of all living workers; doors show it to users, so it is changed in place
+        self._slots: dict[int, Any] = {}  # slot -> process
+        self._pidfds: dict[int, int] = {}  # pidfd -> slot
+        # Guards the supervisor, processes, _slots and _pidfds against a submitter that starts workers on demand.
+        self._lock = threading.Lock()
+        self._kill_at: float | None = None
+        self._closed = False
+        self.tasks, self._tasks_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.results, self._results_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.tasks, self._results_end):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+        self._lifeline_end, self._lifeline = os.pipe()
+        self._page_fd = os.memfd_create("dpool-page", os.MFD_CLOEXEC)
+        size = page_bytes(spec.processes)
+        os.ftruncate(self._page_fd, size)
+        self._map = mmap.mmap(self._page_fd, size)
+        self.page = memoryview(self._map)[:spec.processes * SLOT_WORDS * 8].cast("Q")
+        self._claims: dict[int, Any] = {}
+        self.splits = self._can_split()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.epoll()
+        self._poll.register(self.results, select.EPOLLIN)
+        self._poll.register(self._wake, select.EPOLLIN)
+        self._buffer = bytearray(frames.RECEIVE_BYTES)
+        _all.add(self)
+
+    def _can_split(self) -> bool:
+        try:
+            self._claims[0] = _claims(self.spec.context)
+        except (OSError, ImportError):  # no room in /dev/shm for a semaphore
+            return False
+        return True
+
+    # -- starting
+
+    def demand(self, queued: int, inflight: int) -> None:
+        """There is work: start workers for it, where workers are started on demand."""
+        if self.supervisor.wanted < self.supervisor.most:
+            self.supervisor.demand(queued, inflight)
+            self.start()
+
+    @property
+    def count(self) -> int:
+        """Living workers."""
+        return len(self.supervisor.living)
+
+    def start(self) -> None:
+        """Start the workers that should be there and are not. Raises what starting the first of them raises; the
+        others are left for later."""
+        with self._lock:
+            for slot in self.supervisor.to_start():
+                try:
+                    self._start_one(slot)
+                except BaseException:
+                    self.supervisor.ended(slot, was_ready=False)
+                    raise
+
+    def _start_one(self, slot: int) -> None:
+        spec = self.spec
+        claims = None
+        if self.splits:
+            claims = self._claims.get(slot)
+            if claims is None:
+                claims = self._claims[slot] = _claims(spec.context)
+            while claims.acquire(False):
+                pass
+        base = slot * SLOT_WORDS
+        self.page[base:base + SLOT_WORDS] = memoryview(bytes(SLOT_WORDS * 8)).cast("Q")
+        start = trace_offset(spec.processes, slot)
+        self._map[start:start + TRACE_BYTES] = bytes(TRACE_BYTES)
+        setup = Setup(Handle(self._tasks_end.fileno()), Handle(self._results_end.fileno()),
+                      Handle(self._lifeline_end), Handle(self._page_fd), spec.processes, slot, claims,
+                      spec.max_tasks, spec.initializer, spec.initargs)
+        make = spec.start_process or spec.context.Process  # type: ignore[attr-defined]
+        process = make(target=worker_main, args=(setup,))
+        process.name = process.name.replace("Process", spec.worker_name)
+        process.daemon = spec.daemon
+        # A Ctrl-C before the worker has left the terminal's process group would make it print a traceback.
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        self._slots[slot] = process
+        self.processes.append(process)
+        pidfd = os.pidfd_open(process.pid)
+        self._pidfds[pidfd] = slot
+        self._poll.register(pidfd, select.EPOLLIN)
+        util.debug("started worker %s", process.name)
+
+    # -- messages
+
+    def send(self, parts: list[bytes], descriptors: list[int]) -> bool:
+        """Hand one message to whichever worker reads next; False if the socket is full: try again after a result."""
+        control = []
+        if descriptors:
+            data = b"".join(d.to_bytes(4, "little") for d in descriptors)
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, data)]
+        try:
+            self.tasks.sendmsg(parts, control, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        return True
+
+    def wake(self) -> None:
+        """Make the current or next poll() return."""
+        try:
+            os.eventfd_write(self._wake, 1)
+        except OSError:
+            pass  # closed: nobody polls any more
+
+    def poll(self, timeout: float | None) -> Iterator[tuple[int, Any, list[int] | None]]:
+        """What has happened, messages before deaths; waits for it up to `timeout` seconds, for ever if None."""
+        if self._kill_at is not None:
+            left = self._kill_at - time.monotonic()
+            if left <= 0:
+                self._kill_at = None
+                self.signal_all(signal.SIGKILL)
+            else:
+                timeout = left if timeout is None else min(timeout, left)
+        ready = self._poll.poll(-1 if timeout is None else timeout)
+        results = self.results.fileno()
+        dead: list[int] = []
+        readable = False
+        for descriptor, _ in ready:
+            if descriptor == results:
+                readable = True
+            elif descriptor == self._wake:
+                os.eventfd_read(self._wake)
+            else:
+                dead.append(descriptor)
+        if readable or dead:
+            # What a worker sent before it died is in the socket by now: read until there is no more.
+            yield from self._messages(until_empty=bool(dead))
+        for descriptor in dead:
+            yield DEATH, self._reap(descriptor), None
+
+    def _messages(self, until_empty: bool) -> Iterator[tuple[int, Any, list[int] | None]]:
+        view = memoryview(self._buffer)
+        receive = self.results.recvmsg_into
+        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        for _ in range(1 << 30 if until_empty else 64):
+            try:
+                size, control, _, _ = receive([view], _CONTROL_BYTES, flags)
+            except BlockingIOError:
+                return
+            if control:
+                data = control[0][2]
+                descriptors = [int.from_bytes(data[i:i + 4], "little") for i in range(0, len(data) - 3, 4)]
+            else:
+                descriptors = []
+            yield MESSAGE, view[:size], descriptors
+
+    # -- deaths
+
+    def _reap(self, pidfd: int) -> Death:
+        with self._lock:
+            slot = self._pidfds.pop(pidfd)
+            process = self._slots.pop(slot)
+            self._poll.unregister(pidfd)
+            os.close(pidfd)
+            # Whatever its task started in its process group goes with it, while the zombie still holds the number.
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
+            process.join(5)  # it is dead; a fork server takes a moment to say so
+            base = slot * SLOT_WORDS
+            start = trace_offset(self.spec.processes, slot)
+            trace = self._map[start:start + TRACE_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
+            ready = bool(self.page[base + READY])
+            death = Death(slot, process.pid, process.exitcode, self.page[base + BATCH], self.page[base + TASK], ready,
+                          trace, process.exitcode == 0 and ready)
+            self.page[base + BATCH] = 0
+            self.processes.remove(process)
+            self.supervisor.ended(slot, ready)
+        return death
+
+    def signal_all(self, number: int) -> None:
+        """Send a signal to every living worker, by pidfd, so that it reaches no stranger."""
+        with self._lock:
+            for pidfd in self._pidfds:
+                try:
+                    signal.pidfd_send_signal(pidfd, number)
+                except (ProcessLookupError, PermissionError):
+                    pass
+
+    def close_tasks(self) -> None:
+        """No more messages will be sent: each worker ends when it has read what there is."""
+        self.supervisor.closing = True
+        try:
+            self.tasks.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def kill(self) -> None:
+        """End every worker: SIGTERM now, SIGKILL after TERMINATE_GRACE_S for those that handle it and go on."""
+        self.supervisor.closing = True
+        self.signal_all(signal.SIGTERM)
+        self._kill_at = time.monotonic() + TERMINATE_GRACE_S
+        self.wake()
+
+    # -- who has which batch
+
+    def claimed(self) -> dict[int, int]:
+        """Batches that workers say they are in, and their slots."""
+        page = self.page
+        return {page[slot * SLOT_WORDS + BATCH]: slot for slot in list(self._slots) if page[slot * SLOT_WORDS + BATCH]}
+
+    def steal(self, number: int) -> int:
+        """Take the unbegun tasks of a batch from its worker; how many, counted from the batch's end. 0 if it is in no
+        worker, or if the worker left it meanwhile: then its report of what it ran tells what was taken."""
+        slot = self.claimed().get(number)
+        claims = self._claims.get(slot) if slot is not None else None
+        if slot is None or claims is None:
+            return 0
+        count = 0
+        while claims.acquire(False):
+            count += 1
+        return count if self.page[slot * SLOT_WORDS + BATCH] == number else 0
+
+    # -- the end
+
+    def after_fork(self) -> None:
+        """In a forked child: let go of what keeps the parent's workers alive or reads their messages."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._lifeline)
+            self.tasks.close()
+            self.results.close()
+
+    def close(self) -> None:
+        """Give every descriptor back. Call when all workers have ended; may be called again."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            _all.discard(self)
+            self._poll.close()
+            for descriptor in (self._lifeline, self._lifeline_end, self._page_fd, self._wake, *self._pidfds):
+                os.close(descriptor)
+            for end in (self.tasks, self._tasks_end, self.results, self._results_end):
+                end.close()
+            self.page.release()
+            self._map.close()
+            self._claims.clear()
+
+
+def _claims(context: Any) -> Any:
+    """A counter that one process raises and others lower, each step atomic, no lock to be left held by the dead."""
+    return context.Semaphore(0)._semlock if context.get_start_method() == "fork" else context.Semaphore(0)
+
+
+def _let_go() -> None:
+    for workers in list(_all):
+        workers.after_fork()
+    _all.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

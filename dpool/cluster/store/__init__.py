@@ -1,0 +1,1 @@
+"""Memory that crosses process borders without being copied through a socket."""

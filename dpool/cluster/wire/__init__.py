@@ -1,0 +1,1 @@
+"""What crosses a process border, and how it is written down: frames, pickles, functions."""

@@ -1,0 +1,127 @@
+"""How a function travels: by name where the other side has the same code, by value (cloudpickle) otherwise.
+
+The driver encodes a function once and numbers it; a worker resolves the name and compares a digest of the code, and
+asks for the value if they differ. Never sends anything itself. Used by the driver's FunctionTable and by the worker.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import types
+import zlib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_SIMPLE = (int, float, complex, bool, str, bytes, type(None))
+
+
+def digest(function: types.FunctionType, depth: int = 3) -> int:
+    """A number that differs, in all likelihood, if the code differs. Stable across processes, unlike hash().
+
+    It covers the bytecode, names, constants and simple defaults, and, for a function of `__main__`, the functions of
+    `__main__` that it calls by name, since a notebook redefines those one at a time.
+    """
+    crc = _code_digest(function.__code__, 0)
+    for value in (function.__defaults__ or ()) + tuple((function.__kwdefaults__ or {}).values()):
+        crc = zlib.crc32((repr(value) if isinstance(value, _SIMPLE) else type(value).__qualname__).encode(), crc)
+    if depth and function.__module__ == "__main__":
+        for name in function.__code__.co_names:
+            other = function.__globals__.get(name)
+            if isinstance(other, types.FunctionType) and other is not function and other.__module__ == "__main__":
+                crc = zlib.crc32(digest(other, depth - 1).to_bytes(4, "little"), crc)
+    return crc
+
+
+def _code_digest(code: types.CodeType, crc: int) -> int:
+    crc = zlib.crc32(code.co_code, crc)
+    crc = zlib.crc32(repr((code.co_names, code.co_varnames, code.co_freevars)).encode(), crc)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            crc = _code_digest(constant, crc)
+        elif isinstance(constant, frozenset):
+            crc = zlib.crc32(repr(sorted(map(repr, constant))).encode(), crc)
+        else:
+            crc = zlib.crc32(repr(constant).encode(), crc)
+    return crc
+
+
+def calls_of(function: types.FunctionType) -> list[tuple[str, Any]]:
+    """The globals of `__main__` that a function's code names: while they are the same objects, its digest holds."""
+    names = function.__globals__
+    return [(name, names[name]) for name in function.__code__.co_names if name in names]
+
+
+def by_name(function: Callable[..., Any]) -> bytes:
+    """A function, builtin or class as its name and the digest of its code. Raises PicklingError or AttributeError if
+    it cannot be found by its name."""
+    return pickle.dumps((function, digest(function) if isinstance(function, types.FunctionType) else None), 5)
+
+
+class StaleFunction(Exception):
+    """This process has another function, or none, under the name that was sent."""
+
+
+def load_by_name(data: bytes | memoryview) -> Callable[..., Any]:
+    """The function that by_name() named. Raises StaleFunction if it is not here, or has other code here."""
+    try:
+        function, sent = pickle.loads(data)
+    except (AttributeError, ImportError) as error:
+        raise StaleFunction(str(error)) from error
+    if sent is not None and (not isinstance(function, types.FunctionType) or digest(function) != sent):
+        raise StaleFunction(f"{function!r} has other code here")
+    return function  # type: ignore[no-any-return]
+
+
+def dumps_by_value(value: Any, buffer_callback: Any = None) -> bytes:
+    """Pickle `value` so that nothing of `__main__`, and no local function or class, needs to exist on the other side.
+
+    Functions of `__main__` are rebuilt on the worker's own `__main__` namespace: an initializer and the tasks share
+    their globals. Raises what cloudpickle raises.
+    """
+    import io
+
+    import cloudpickle
+
+    main = sys.modules["__main__"].__dict__
+
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+        def reducer_override(self, obj: Any) -> Any:
+            reduced = super().reducer_override(obj)
+            if (isinstance(obj, types.FunctionType) and obj.__globals__ is main and isinstance(reduced, tuple)
+                    and len(reduced) == 6):
+                make, arguments, state = reduced[:3]
+                # cloudpickle's arguments: code, base globals, name, defaults, closure.
+                return _make_in_main, (make, arguments[0], *arguments[2:]), state, None, None, _set_state_in_main
+            return reduced
+
+    out = io.BytesIO()
+    Pickler(out, protocol=5, buffer_callback=buffer_callback).dump(value)
+    return out.getvalue()
+
+
+# The globals that drivers have shipped into this process's __main__, by name: a global that still is what was shipped
+# may be replaced by a newer one; a global that the worker has assigned itself wins.
+_shipped: dict[str, Any] = {}
+_MISSING = object()
+
+
+def _make_in_main(make: Callable[..., Any], code: types.CodeType, *rest: Any) -> Any:
+    return make(code, sys.modules["__main__"].__dict__, *rest)
+
+
+def _set_state_in_main(function: Any, state: Any) -> None:
+    from cloudpickle import cloudpickle
+
+    main = sys.modules["__main__"].__dict__
+    attributes, slots = state
+    slots = dict(slots)
+    for name, value in slots.pop("__globals__", {}).items():
+        mine = main.get(name, _MISSING)
+        if mine is _MISSING or mine is _shipped.get(name, _MISSING):
+            main[name] = _shipped[name] = value
+    slots["__globals__"] = {}
+    cloudpickle._function_setstate(function, (attributes, slots))

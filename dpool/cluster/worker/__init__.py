@@ -1,0 +1,1 @@
+"""The worker: runs batches of tasks in a process of its own. Starts fast, imports little."""

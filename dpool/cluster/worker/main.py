@@ -1,0 +1,312 @@
+"""The worker: takes batches from the socket it shares with its group's other workers, runs them, sends the outcomes.
+
+It decides nothing about other batches, keeps no task after its outcome is sent, and knows no network. Started by the
+node as the target of a multiprocessing Process; it ends when the socket does.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import mmap
+import os
+import pickle
+import signal
+import socket
+from itertools import starmap
+from time import perf_counter_ns
+
+from dpool import engine
+from dpool.cluster.store import segments
+from dpool.cluster.wire import frames, pickling
+from dpool.cluster.wire.functions import StaleFunction, load_by_name
+from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, reopen, trace_offset
+from dpool.cluster.worker.setup import Setup, arm_lifeline
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from dpool.cluster.wire.pickling import Pickles
+
+# Shorter: a caller waits less for the first results of a batch. Longer: fewer messages.
+REPORT_EVERY_NS = 2_000_000
+# Functions that are found by their name, kept between batches; they are the module's own objects anyway.
+MAX_FUNCTIONS = 256
+
+_MAX_DESCRIPTORS = 4
+
+
+def worker_main(setup: Setup) -> None:
+    """Run until the tasks end. Returns so that multiprocessing's own finalizers run as in any of its processes."""
+    os.setpgid(0, 0)
+    arm_lifeline(setup.lifeline.descriptor)
+    _let_children_be()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+    worker = Worker(setup)
+    try:
+        worker.start(setup)
+        worker.run()
+    except KeyboardInterrupt:
+        pass  # sent to this process alone, between tasks: it ends, quietly
+
+
+def _let_children_be() -> None:
+    """Allow this process to have children of its own: the driver sees a daemon, a task may open a pool."""
+    from multiprocessing import process
+
+    process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
+
+class Worker:
+    """One worker's sockets, page and functions. Used by one thread."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.slot = setup.slot
+        self.tasks = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, setup.tasks.descriptor)
+        self.results = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, setup.results.descriptor)
+        words = memoryview(mmap.mmap(setup.page.descriptor, 0)).cast("Q")
+        self.page = words[self.slot * SLOT_WORDS:(self.slot + 1) * SLOT_WORDS]
+        self.claims = setup.claims
+        self.left = setup.max_tasks or 1 << 62
+        self.functions: dict[int, Callable[..., Any]] = {}
+        # A function that travels by value may hold much: one is kept, while more of its tasks will come.
+        self.latest: tuple[int, Callable[..., Any] | None] = (0, None)
+        self.buffer = bytearray(frames.RECEIVE_BYTES)
+        try:
+            trace = reopen(setup.page.descriptor, os.O_WRONLY)
+            os.lseek(trace, trace_offset(setup.slots, setup.slot), os.SEEK_SET)
+            faulthandler.enable(trace)
+        except OSError:
+            pass  # no /proc: a crash is reported without its trace
+
+    def start(self, setup: Setup) -> None:
+        """Run the initializer; if it fails, say so and end."""
+        try:
+            setup.initializer.run()
+        except BaseException as error:
+            failure = pickle.dumps([(0, *describe_exception(error))], pickling.PROTOCOL)
+            self._send(frames.BROKEN, 0, 0, [], failure, 0, 0)
+            raise SystemExit(1) from None
+        setup.initializer = None  # type: ignore[assignment]
+        self.page[READY] = 1
+
+    def run(self) -> None:
+        """Batch after batch, until the driver closes the socket or this worker has done its share."""
+        buffer = memoryview(self.buffer)
+        ancillary = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
+        receive = self.tasks.recvmsg_into
+        while self.left > 0:
+            size, control, _, _ = receive([buffer], ancillary, socket.MSG_CMSG_CLOEXEC)
+            if not size:
+                return
+            self._batch(buffer[:size], _descriptors(control))
+
+    def _batch(self, message: memoryview, descriptors: list[int]) -> None:
+        started = perf_counter_ns()
+        flags, mode, _, function_number, number, count, function_bytes = frames.TASKS.unpack_from(message)
+        self.page[TASK] = 0
+        self.page[BATCH] = number
+        claims = self.claims if count > 1 else None
+        if claims is not None:
+            for _ in range(count - 1):  # the first task is begun at once
+                claims.release()
+        body = frames.TASKS.size + function_bytes
+        try:
+            function = self._function(function_number, flags, message[frames.TASKS.size:body], descriptors)
+            tasks = _unpack(message[body:], flags, descriptors)
+        except StaleFunction as stale:
+            self._drain(claims)
+            self._send(frames.DONE | frames.NEED_VALUE, number, 0, [], pickle.dumps(str(stale)), 0, 0)
+        except BaseException as error:
+            self._drain(claims)
+            failures = [(i, *describe_exception(error, engine.ARGUMENT_BROKEN)) for i in range(count)]
+            self._send(frames.DONE, number, 0, [None] * count, _dump_failures(failures), count, 0)
+        else:
+            self._run(number, function, mode, tasks, count, claims, started)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self.page[BATCH] = 0
+
+    def _drain(self, claims: Any) -> None:
+        if claims is not None:
+            while claims.acquire(False):
+                pass
+
+    def _function(self, number: int, flags: int, inline: memoryview, descriptors: list[int]) -> Callable[..., Any]:
+        if flags & frames.BY_NAME:
+            function = self.functions.get(number)
+            if function is None:
+                function = load_by_name(inline)
+                if len(self.functions) >= MAX_FUNCTIONS:
+                    self.functions.clear()
+                self.functions[number] = function
+            return function
+        known, function = self.latest
+        if known != number or function is None:
+            self.latest = (0, None)  # before loading the next, which may be as large
+            if flags & frames.FUNCTION_IN_SEGMENT:
+                data, *buffers = segments.read(descriptors[0], inline)
+                function = pickle.loads(data, buffers=buffers)
+            else:
+                function = pickle.loads(inline)
+        self.latest = (number, function) if flags & frames.KEEP_FUNCTION else (0, None)
+        assert function is not None
+        return function
+
+    def _run(self, number: int, function: Callable[..., Any], mode: int, tasks: list[Any] | Pickles, count: int,
+             claims: Any, started: int) -> None:
+        """Run a batch's tasks in order, for as long as they are there to be claimed."""
+        call = _CALLS[mode](function)
+        page = self.page
+        one_by_one = not isinstance(tasks, list)
+        load: Any = tasks.load if one_by_one else tasks.__getitem__  # type: ignore[union-attr]
+        values: list[Any] = []
+        failures: list[tuple[Any, ...]] = []
+        first = index = 0
+        reported_at = started
+        last = min(count, self.left)
+        while True:
+            try:
+                item = load(index)
+            except BaseException as error:
+                failures.append((index - first, *describe_exception(error, engine.ARGUMENT_BROKEN)))
+                values.append(None)
+            else:
+                try:
+                    values.append(call(item))
+                except BaseException as error:
+                    failures.append((index - first, *describe_exception(error)))
+                    values.append(None)
+                item = None
+            index += 1
+            if index >= last or (claims is not None and not claims.acquire(False)):
+                break
+            page[TASK] = index
+            now = perf_counter_ns()
+            if now - reported_at > REPORT_EVERY_NS:
+                self._send(0, number, first, values, _dump_failures(failures), index, now - started)
+                values, failures = [], []
+                first, reported_at = index, now
+        self.left -= index
+        if claims is not None and index < count:
+            self._drain(claims)
+        del tasks, load, call, function
+        self._send(frames.DONE, number, first, values, _dump_failures(failures), index, perf_counter_ns() - started)
+
+    def _send(self, flags: int, number: int, first: int, values: list[Any], failures: bytes, executed: int,
+              run_ns: int) -> None:
+        packed, errors = pickling.pack(values)
+        if errors:
+            known = pickle.loads(failures) if failures else []
+            failures = _dump_failures(known + [(i, *describe_unpicklable(values[i], error)) for i, error in errors])
+        if packed.one:
+            flags |= frames.ONE_PICKLE
+        count = len(values)
+        del values
+        parts: list[Any] = [b"", failures, packed.body]
+        control: list[Any] = []
+        descriptor = -1
+        if packed.buffers or len(packed.body) + len(failures) > frames.INLINE_MAX_BYTES:
+            flags |= frames.BODY_IN_SEGMENT
+            try:
+                descriptor, parts[2] = segments.write([failures, packed.body, *packed.buffers])
+            except OSError as error:
+                # No memory for the results: each task learns it, instead of all hanging.
+                lost = [(i, *describe_exception(error, engine.RESULT_LOST)) for i in range(count)]
+                return self._send(flags & ~(frames.BODY_IN_SEGMENT | frames.ONE_PICKLE), number, first,
+                                  [None] * count, _dump_failures(lost), executed, run_ns)
+            parts[1] = b""
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor.to_bytes(4, "little"))]
+        parts[0] = frames.RESULTS.pack(flags, 0, self.slot, number, first, count, executed, run_ns, len(parts[1]))
+        try:
+            self.results.sendmsg(parts, control)
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(1)  # nobody is there to receive it
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+# From a function to a callable of one item, by mode.
+_CALLS: dict[int, Callable[[Any], Callable[[Any], Any]]] = {
+    engine.CALL: lambda f: lambda item: f(*item[0], **item[1]),
+    engine.MAP: lambda f: f,
+    engine.STAR: lambda f: lambda item: f(*item),
+    engine.MAP_CHUNK: lambda f: lambda item: list(map(f, item)),
+    engine.STAR_CHUNK: lambda f: lambda item: list(starmap(f, item)),
+}
+
+
+def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
+    found: list[int] = []
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.extend(int.from_bytes(data[i:i + 4], "little") for i in range(0, len(data) - 3, 4))
+    return found
+
+
+def _unpack(body: memoryview, flags: int, descriptors: list[int]) -> list[Any] | Pickles:
+    one = bool(flags & frames.ONE_PICKLE)
+    if flags & frames.BODY_IN_SEGMENT:
+        data, *buffers = segments.read(descriptors[-1], body)
+        return pickling.unpack(data, buffers, one)
+    return pickling.unpack(body, (), one)
+
+
+def _dump_failures(failures: list[tuple[Any, ...]]) -> bytes:
+    return pickle.dumps(failures, pickling.PROTOCOL) if failures else b""
+
+
+def describe_exception(error: BaseException, kind: str = engine.RAISED) -> tuple[Any, ...]:
+    """An exception as (kind, pickle or None, type name, text, traceback, ""): the pickle is None if the exception
+    could not be rebuilt from it, which is tried here, where it harms nobody."""
+    import traceback
+
+    frames_of_user = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    text = "".join(traceback.format_exception(type(error), error, frames_of_user or error.__traceback__))
+    name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    error.__traceback__ = None
+    try:
+        data: bytes | None = pickling.dumps(error)
+    except BaseException as unpicklable:
+        return engine.RESULT_LOST, _dump_or_none(unpicklable), repr(unpicklable), str(error), text, _repr(error)
+    try:
+        rebuilt = pickle.loads(data)  # type: ignore[arg-type]
+        if type(rebuilt) is not type(error):
+            data = None
+    except BaseException:
+        data = None
+    return kind, data, name, _text(error), text, ""
+
+
+def describe_unpicklable(value: Any, error: BaseException) -> tuple[Any, ...]:
+    """A result that cannot be pickled, in the same form."""
+    if type(error) in (TypeError, pickle.PicklingError, AttributeError):
+        error.args = (f"{error} (in the result: {pickling.culprit(value, 'result')})",)
+    error.__traceback__ = None
+    return engine.RESULT_LOST, _dump_or_none(error), repr(error), "", "", _repr(value)
+
+
+def _dump_or_none(error: BaseException) -> bytes | None:
+    try:
+        data = pickle.dumps(error, pickling.PROTOCOL)
+        pickle.loads(data)
+        return data
+    except BaseException:
+        return None
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except BaseException as error:
+        return f"<{type(value).__qualname__} whose repr raises {type(error).__qualname__}>"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:
+        return ""

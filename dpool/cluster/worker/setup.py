@@ -1,0 +1,93 @@
+"""What a worker is born with: the arguments of its process, and its lifeline.
+
+Carries and arms; runs no task. Made by the node, used by worker/main.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+
+from dpool.cluster.wire import pickling
+from dpool.cluster.wire.handles import Handle, reopen
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_F_SETSIG = 10  # Linux, not named by the fcntl module
+
+
+class Setup:
+    """The argument of worker_main: descriptors, the slot in the group's page, and what to run first.
+
+    `tasks` is read by all workers of the group, the kernel hands each message to one of them; `results` is written by
+    all; `claims` counts the tasks of the running batch that nobody has begun, None if batches are never split.
+    """
+
+    def __init__(self, tasks: Handle, results: Handle, lifeline: Handle, page: Handle, slots: int, slot: int,
+                 claims: Any, max_tasks: int | None, initializer: Callable[..., object] | None,
+                 initargs: tuple[Any, ...]) -> None:
+        self.tasks = tasks
+        self.results = results
+        self.lifeline = lifeline
+        self.page = page
+        self.slots = slots
+        self.slot = slot
+        self.claims = claims
+        self.max_tasks = max_tasks
+        self.initializer = Initializer(initializer, initargs)
+
+
+class Initializer:
+    """A group's initializer and its arguments, in a pickle of their own, so that a lambda is no obstacle and what
+    cannot be rebuilt is reported like an initializer that raises."""
+
+    def __init__(self, function: Callable[..., object] | None, args: tuple[Any, ...]) -> None:
+        self.function = function
+        self.args = args
+        self._data: bytes | None = None
+
+    def __getstate__(self) -> bytes:
+        return pickling.dumps((self.function, self.args), by_value=True)
+
+    def __setstate__(self, data: bytes) -> None:
+        # Loaded here and not in run(): what refers to the parent, such as a lock, can be rebuilt only now.
+        self._error: Exception | None = None
+        try:
+            import pickle
+
+            self.function, self.args = pickle.loads(data)
+        except Exception as error:
+            self.function, self.args, self._error = None, (), error
+
+    _error: Exception | None = None
+
+    def run(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self.function is not None:
+            self.function(*self.args)
+
+
+def arm_lifeline(descriptor: int) -> int:
+    """Die, with every process of this process's group, when the last writer of the pipe `descriptor` is gone.
+
+    The kernel sends the signal, so it works while C code holds the GIL. Returns the descriptor to keep open.
+    Needs a description of its own, since the owner of the signal belongs to the description and workers share one.
+    """
+    try:
+        own = reopen(descriptor, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:  # no /proc: the worker that armed last is protected, the others end when they next read
+        own = os.dup(descriptor)
+    fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(own, _F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
+    poll = select.poll()
+    poll.register(own, select.POLLIN)
+    if poll.poll(0):  # it ended before the signal was armed
+        os._exit(1)
+    return own

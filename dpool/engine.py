@@ -1,0 +1,144 @@
+"""The seam between doors and engines: what a door may ask of an engine, and what an engine owes a door.
+
+Everything above (Pool, executors, joblib) speaks to a WorkerGroup; everything below (the embedded engine, a cluster,
+the in-process fake of dpool.testing) is one. Holds no state and does no I/O.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from multiprocessing.context import BaseContext
+    from typing import Any, Protocol
+else:
+    Protocol = object  # importing typing costs more than the rest of this file
+
+# How a task's item becomes a call.
+CALL = 0  # f(*item[0], **item[1])
+MAP = 1  # f(item)
+STAR = 2  # f(*item)
+MAP_CHUNK = 3  # [f(x) for x in item]
+STAR_CHUNK = 4  # [f(*x) for x in item]
+
+# What went wrong with a task: Failure.kind.
+RAISED = "raised"  # the function raised `exception`
+RESULT_LOST = "result"  # the result, or the exception, cannot be pickled in the worker
+RESULT_BROKEN = "rebuild"  # the result could not be rebuilt here; `exception` says why
+ARGUMENT_LOST = "argument"  # the argument could not be pickled here
+ARGUMENT_BROKEN = "unpickle"  # the function or argument could not be rebuilt in the worker
+WORKER_DIED = "died"  # `exception` is a WorkerDied
+ABANDONED = "abandoned"  # the group was terminated or is broken; `exception` says which
+
+
+class Failure:
+    """Why a task has no value. Doors turn it into the exception that their stdlib counterpart would raise.
+
+    `exception` is what to raise; `traceback` the text of the remote traceback, "" if there is none; `value_repr` the
+    repr of a result that could not be pickled.
+    """
+
+    __slots__ = ("kind", "exception", "traceback", "value_repr")
+
+    def __init__(self, kind: str, exception: BaseException, traceback: str = "", value_repr: str = "") -> None:
+        self.kind = kind
+        self.exception = exception
+        self.traceback = traceback
+        self.value_repr = value_repr
+
+    def __repr__(self) -> str:
+        return f"Failure({self.kind!r}, {self.exception!r})"
+
+
+class Sink(Protocol):
+    """Where the outcomes of a job go. Called by the group's I/O thread, never under a lock of the group's."""
+
+    def start(self) -> bool:
+        """The task is about to be sent; False drops it. Asked only for jobs made with `asks_start`."""
+        ...
+
+    def set(self, first: int, values: Sequence[Any]) -> None:
+        """Tasks first, first+1, ... of the job have these values. Each task is reported once, in any order."""
+        ...
+
+    def fail(self, index: int, failure: Failure) -> None:
+        """Task `index` of the job has no value."""
+        ...
+
+
+class GroupSpec:
+    """What a door asks for: how many workers, how they are started, what they run first.
+
+    `processes`: how many workers at most. `context`: the multiprocessing context that starts them.
+    `max_tasks`: a worker is replaced after so many tasks. `retries`: how often a task is run again whose worker died.
+    `on_demand`: workers are started when there is work for them, not all at once.
+    `worker_name`: what the stdlib's "Process" in a worker's name becomes. `daemon`: the stdlib's flag, seen by the
+    driver alone; inside, every worker may have children. `start_process`: makes the process object, if not the
+    context's `Process`. `on_broken`: called once, by the I/O thread, when the group has broken.
+    `break_on_death`: one dead worker breaks the group, as ProcessPoolExecutor promises.
+    """
+
+    __slots__ = ("processes", "context", "initializer", "initargs", "max_tasks", "retries", "on_demand", "worker_name",
+                 "daemon", "start_process", "break_on_death")
+
+    def __init__(self, processes: int, context: BaseContext, initializer: Callable[..., object] | None = None,
+                 initargs: Iterable[Any] = (), max_tasks: int | None = None, retries: int = 0,
+                 on_demand: bool = False, worker_name: str = "PoolWorker", daemon: bool = True,
+                 start_process: Callable[..., Any] | None = None, break_on_death: bool = False) -> None:
+        self.processes = processes
+        self.context = context
+        self.initializer = initializer
+        self.initargs = tuple(initargs)
+        self.max_tasks = max_tasks
+        self.retries = retries
+        self.on_demand = on_demand
+        self.worker_name = worker_name
+        self.daemon = daemon
+        self.start_process = start_process
+        self.break_on_death = break_on_death
+
+
+class WorkerGroup(Protocol):
+    """The workers of one Pool or Executor: one initializer, one policy, one queue. Its methods may be called from any
+    thread of the process that opened it."""
+
+    def submit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink,
+               asks_start: bool = False) -> Any:
+        """Queue one call; its outcome goes to `sink` as task 0. Returns the job, a token for cancel().
+
+        Raises GroupBroken if the group is broken, ForeignProcess after a fork, and what pickling the function raises.
+        """
+        ...
+
+    def submit_many(self, function: Callable[..., Any], items: Sequence[Any], mode: int, sink: Sink,
+                    chunk: int = 1) -> Any:
+        """Queue one task for each `chunk` consecutive items, in one step."""
+        ...
+
+    def open_stream(self, function: Callable[..., Any], mode: int, sink: Sink) -> Any:
+        """A job that grows: see Stream."""
+        ...
+
+    def cancel(self, job: Any) -> int:
+        """Drop what is queued of `job` and was not yet sent; returns how many tasks that was."""
+        ...
+
+    def close(self) -> None:
+        """Take no more tasks; the accepted ones still finish, then the workers end. Does not block."""
+        ...
+
+    def terminate(self) -> None:
+        """End the workers now; what has no result yet is reported as ABANDONED. Does not block."""
+        ...
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until every worker has ended; False if `timeout` seconds pass first. Call close or terminate before."""
+        ...
+
+
+class Engine(Protocol):
+    """Opens worker groups."""
+
+    def open_group(self, spec: GroupSpec) -> WorkerGroup: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,6 @@
+"""`multiprocessing.reduction`, the standard library's own, handed through."""
+
+import sys
+from multiprocessing import reduction
+
+sys.modules[__name__] = reduction

@@ -1,0 +1,6 @@
+"""`multiprocessing.spawn`, the standard library's own, handed through."""
+
+import sys
+from multiprocessing import spawn
+
+sys.modules[__name__] = spawn
