@@ -65,11 +65,11 @@ def verdicts(case: Case, result: CaseResult) -> list[Verdict]:
 
 def number(value: float) -> str:
     """Three digits that mean something."""
-    if value != value:
-        return "?"
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
 
 
 def bar_words(verdict: Verdict, metric: Metric) -> str:
