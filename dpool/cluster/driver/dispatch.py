@@ -142,10 +142,15 @@ class Dispatch:
 
     # -- what goes out
 
+    @property
+    def has_credit(self) -> bool:
+        """Whether one more batch may be in flight."""
+        return len(self.inflight) < CREDITS_PER_WORKER * self.workers
+
     def next_batch(self, now: float) -> Batch | None:
         """The batch to send next, already counted as in flight; None while there is no task or no credit."""
         queue = self.queue
-        if not queue or len(self.inflight) >= CREDITS_PER_WORKER * self.workers:
+        if not queue or not self.has_credit:
             return None
         job = queue[0]
         size = batch_size(job.timing.estimate_ns, self.queued, self.workers, self.max_batch)

@@ -159,17 +159,16 @@ class Group:
         if self.spec.on_demand and dispatch.queue:
             self.port.demand(dispatch.queued, len(dispatch.inflight))
             dispatch.workers = self.port.count
-        while dispatch.queue:
+        # Read without the lock: a result that frees a credit is followed by a pump of the I/O thread's own.
+        while dispatch.queue and dispatch.has_credit:
             with self._lock:
                 batch = dispatch.next_batch(time.monotonic())
-            if batch is None:
+            if batch is None or not self._send(batch):
                 break
-            if not self._send(batch):
-                break
-        if not self._timer_armed and dispatch.steal_at() is not None:
-            # The I/O thread waits without a limit: make it look at the clock.
-            self._timer_armed = True
-            self.port.wake()
+            if batch.stop > 1 and not self._timer_armed:
+                # The I/O thread waits without a limit: make it look at the clock.
+                self._timer_armed = True
+                self.port.wake()
 
     def _send(self, batch: Batch) -> bool:
         """Encode and send; False if it must wait for the next result."""
