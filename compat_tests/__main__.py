@@ -69,7 +69,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", metavar="PATTERN", action="append", help="family/class/context.test; * is allowed")
     parser.add_argument("--white-box", action="store_true", help="only the tests that look inside the pool")
     parser.add_argument("--black-box", action="store_true", help="only the tests that do not")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="suites at a time")
+    parser.add_argument("--jobs", type=int, default=(os.cpu_count() or 1) + 1, metavar="N", help="suites at a time")
     parser.add_argument("--limit", type=float, default=TEST_LIMIT_S, metavar="S", help="seconds for one test")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write every outcome to this file")
     parser.add_argument("--verbose", action="store_true", help="print the output of suites that failed")

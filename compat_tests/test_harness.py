@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from compat_tests import child, expected, names, running
-from compat_tests.interpreters import Unusable, others, prepared
+from compat_tests.interpreters import others
 from compat_tests.interpreters import running as running_interpreter
 from compat_tests.substitution import Programs, View
 from compat_tests.targets import TARGETS
@@ -21,12 +21,8 @@ from compat_tests.targets import TARGETS
 def _control(target: str, folder: Path) -> list[dict[str, Any]]:
     """Every test against a control, under one start method, in the interpreter with the most complete tests."""
     best = max([running_interpreter(), *others()], key=lambda interpreter: len(interpreter.families))
-    try:
-        executable = prepared(best)
-    except Unusable:
-        executable = best.executable  # the controls import no dependency
     path = folder / "report.json"
-    command = [executable, "-m", "compat_tests", "--target", target, "--context", "fork", "--json", str(path)]
+    command = [best.executable, "-m", "compat_tests", "--target", target, "--context", "fork", "--json", str(path)]
     subprocess.run(command, cwd=running.CHECKOUT, stdout=subprocess.DEVNULL)
     return list(json.loads(path.read_text())["tests"])
 
