@@ -19,16 +19,7 @@ class EmbeddedEngine:
     def open_group(self, spec: GroupSpec) -> Group:
         """Start the workers, unless they are to be started on demand. Raises what starting the first one raises."""
         workers = Workers(spec)
-        try:
-            workers.start()
-        except BaseException:
-            for process in workers.processes:
-                if process.exitcode is None:
-                    process.kill()
-            for process in workers.processes:
-                process.join()
-            workers.close()
-            raise
+        workers.open()
         return Group(spec, workers, workers.supervisor)
 
     def close(self) -> None:

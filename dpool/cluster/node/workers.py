@@ -97,6 +97,7 @@ class Workers:
         self._map = mmap.mmap(self._page_fd, size)
         self.page = memoryview(self._map)[:spec.processes * SLOT_WORDS * 8].cast("Q")
         self._claims: dict[int, Any] = {}
+        self._reused: dict[int, bool] = {}
         self.splits = self._can_split()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.epoll()
@@ -125,26 +126,48 @@ class Workers:
         """Living workers."""
         return len(self.supervisor.living)
 
-    def start(self) -> None:
-        """Start the workers that should be there and are not. Raises what starting the first of them raises; the
-        others are left for later."""
-        with self._lock:
-            for slot in self.supervisor.to_start():
-                try:
-                    self._start_one(slot)
-                except BaseException:
-                    self.supervisor.ended(slot, was_ready=False)
-                    raise
+    def open(self) -> None:
+        """Start the first workers. If one cannot be started, end the others, close, and raise what that raised."""
+        slots = self.supervisor.to_start()
+        try:
+            for slot in slots:
+                self._start_one(slot)
+        except BaseException:
+            for process in self.processes:
+                if process.exitcode is None:
+                    process.terminate()
+            for process in self.processes:
+                process.join()
+            self.close()
+            raise
+        for slot, process in zip(slots, self.processes, strict=True):
+            self._watch(slot, process)
 
-    def _start_one(self, slot: int) -> None:
+    def start(self) -> None:
+        """Start the workers that should be there and are not. Raises what starting one of them raises; those that are
+        still missing then are left for later."""
+        with self._lock:
+            slots = self.supervisor.to_start()
+            for index, slot in enumerate(slots):
+                try:
+                    process = self._start_one(slot)
+                except BaseException:
+                    for missing in slots[index:]:
+                        self.supervisor.ended(missing, was_ready=False)
+                    raise
+                self._watch(slot, process)
+
+    def _start_one(self, slot: int) -> Any:
         spec = self.spec
         claims = None
         if self.splits:
             claims = self._claims.get(slot)
             if claims is None:
                 claims = self._claims[slot] = _claims(spec.context)
-            while claims.acquire(False):
-                pass
+            elif self._reused.get(slot):
+                while claims.acquire(False):  # what the worker before this one left unbegun
+                    pass
+            self._reused[slot] = True
         base = slot * SLOT_WORDS
         self.page[base:base + SLOT_WORDS] = memoryview(bytes(SLOT_WORDS * 8)).cast("Q")
         start = trace_offset(spec.processes, slot)
@@ -162,12 +185,15 @@ class Workers:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
-        self._slots[slot] = process
         self.processes.append(process)
+        util.debug("started worker %s", process.name)
+        return process
+
+    def _watch(self, slot: int, process: Any) -> None:
+        self._slots[slot] = process
         pidfd = os.pidfd_open(process.pid)
         self._pidfds[pidfd] = slot
         self._poll.register(pidfd, select.EPOLLIN)
-        util.debug("started worker %s", process.name)
 
     # -- messages
 
