@@ -1,4 +1,4 @@
-"""Runs one program twice, with the stdlib's Pool and with dpool's, compares what it prints and shows both times.
+"""Runs one program with the stdlib's Pool and with dpool's, compares what it prints and shows both times.
 
 It never measures the first reading of the files from disk: it reads them once before, so that neither run pays.
 Called by examples/run, which has set up the environment.
@@ -6,13 +6,18 @@ Called by examples/run, which has set up the environment.
 
 from __future__ import annotations
 
+import argparse
 import os
+import resource
+import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 PROGRAM = Path(__file__).with_name("stdlib_census.py")
@@ -27,19 +32,26 @@ class Run:
     exit_code: int
     output: str
     errors: str
+    # Step to (how many tasks, how long), as the program itself tells with --times.
     steps: dict[str, tuple[int, float]]
     total_s: float
+    cpu_s: float
+
+
+def cpu_of_children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run(program: Path, arguments: list[str]) -> Run:
-    start = time.perf_counter()
+    cpu_before, start = cpu_of_children_s(), time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(program), "--times", *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
-    total_s = time.perf_counter() - start
+    total_s, cpu_s = time.perf_counter() - start, cpu_of_children_s() - cpu_before
     steps: dict[str, tuple[int, float]] = {}
     errors: list[str] = []
     for line in done.stderr.splitlines():
@@ -48,7 +60,11 @@ def run(program: Path, arguments: list[str]) -> Run:
             steps[words[0]] = (int(words[1]), float(words[2]))
         else:
             errors.append(line)
-    return Run(done.returncode, done.stdout, "\n".join(errors), steps, total_s)
+    return Run(done.returncode, done.stdout, "\n".join(errors), steps, total_s, cpu_s)
+
+
+def step_s(step: str, one: Run) -> float:
+    return one.steps[step][1]
 
 
 def read_files_once() -> None:
@@ -58,39 +74,53 @@ def read_files_once() -> None:
                 Path(folder, name).read_bytes()
 
 
+def compare(stdlib: list[Run], dpool: list[Run]) -> None:
+    """Print the times side by side: medians, where there are several rounds."""
+
+    def row(title: str, figure: Callable[[Run], float]) -> None:
+        theirs, ours = (statistics.median(map(figure, runs)) for runs in (stdlib, dpool))
+        print(f"{title:40}{theirs:>8.2f} s{ours:>8.2f} s   dpool takes {ours / theirs:.2f} of the stdlib's time")
+
+    print(f"{'':40}{'stdlib':>10}{'dpool':>10}")
+    for step, (count, _) in stdlib[0].steps.items():
+        row(f"{step}, {count:,} tasks, one each", partial(step_s, step))
+    row("the whole program", lambda one: one.total_s)
+    row("processor time, all processes", lambda one: one.cpu_s)
+
+
 def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog="The rest goes to the program.")
+    options.add_argument("--rounds", type=int, default=1, help="how often each runs, by turns (default 1)")
+    chosen, arguments = options.parse_known_args()
     text = PROGRAM.read_text()
     if text.count(BEFORE) != 1:
         print(f"{PROGRAM.name} should hold the line {BEFORE.strip()!r} exactly once", file=sys.stderr)
         return 1
-    arguments = sys.argv[1:]
+
     read_files_once()
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    runs: dict[str, list[Run]] = {"stdlib": [], "dpool": []}
     with tempfile.TemporaryDirectory() as folder:
         swapped = Path(folder, PROGRAM.name)
         swapped.write_text(text.replace(BEFORE, AFTER))
-        runs: dict[str, Run] = {}
-        for who, program, line in (("stdlib", PROGRAM, BEFORE), ("dpool", swapped, AFTER)):
-            print(f"running {PROGRAM.name} with: {line.strip()}", file=sys.stderr, flush=True)
-            runs[who] = run(program, arguments)
-            if runs[who].exit_code:
-                print(runs[who].errors, file=sys.stderr)
-                print(f"the run with {who} failed, exit code {runs[who].exit_code}", file=sys.stderr)
-                return 1
-    stdlib, dpool = runs["stdlib"], runs["dpool"]
-    print(dpool.output)
-    for who, one in runs.items():
-        if one.errors:
-            print(f"the run with {who} also said:\n{one.errors}", file=sys.stderr)
-    same = stdlib.output == dpool.output
-    print(f"{'':36}{'stdlib':>9}{'dpool':>9}")
-    rows = [
-        (f"{what}, one task each ({stdlib.steps[what][0]:,})", stdlib.steps[what][1], dpool.steps[what][1])
-        for what in stdlib.steps
-    ]
-    rows.append(("the whole program", stdlib.total_s, dpool.total_s))
-    for title, theirs, ours in rows:
-        print(f"{title:36}{theirs:>7.2f} s{ours:>7.2f} s   {theirs / ours:.2f} times as fast")
-    print(f"same output: {'yes' if same else 'NO'}; one line of {len(text.splitlines())} changed; one run each")
+        for _ in range(chosen.rounds):
+            for who, program, line in (("stdlib", PROGRAM, BEFORE), ("dpool", swapped, AFTER)):
+                print(f"running {PROGRAM.name} with: {line.strip()}", file=sys.stderr, flush=True)
+                one = run(program, arguments)
+                if one.errors:
+                    print(f"the run with {who} said:\n{one.errors}", file=sys.stderr)
+                if one.exit_code:
+                    print(f"the run with {who} failed, exit code {one.exit_code}", file=sys.stderr)
+                    return 1
+                runs[who].append(one)
+
+    print(runs["dpool"][0].output)
+    compare(runs["stdlib"], runs["dpool"])
+    if load > 0.5 * cpus:
+        print(f"Other programs keep this machine busy (load {load:.1f}, {cpus} processors): take the times with care.")
+    same = len({one.output for both in runs.values() for one in both}) == 1
+    lines = len(text.splitlines())
+    print(f"same output: {'yes' if same else 'NO'}; one line of {lines} changed; rounds: {chosen.rounds}")
     return 0 if same else 1
 
 
