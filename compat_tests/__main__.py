@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from compat_tests import expected, names, suites
-from compat_tests.running import TEST_LIMIT_S, Outcome, Suite, SuiteRun, run
+from compat_tests.running import MARK, TEST_LIMIT_S, Outcome, Suite, SuiteRun, end_all, run
 from compat_tests.targets import TARGETS
 
 HINT = "not in this interpreter's test package (Debian: apt install libpython3.X-testsuite)"
@@ -48,11 +48,16 @@ def main() -> int:
     print(f"{title}: {len(chosen)} suites, {options.jobs} at a time", flush=True)
 
     judged: list[Judged] = []
-    with ThreadPoolExecutor(options.jobs) as threads:
+    threads = ThreadPoolExecutor(options.jobs)
+    try:
         for done in threads.map(lambda suite: run(suite, options.target, options.limit), chosen):
             of_suite = [_judge(done.suite, outcome, options.target) for outcome in done.outcomes]
             judged += of_suite
             _print_suite(done, of_suite, options.verbose)
+    except KeyboardInterrupt:
+        threads.shutdown(wait=False, cancel_futures=True)
+        end_all(MARK)
+        os._exit(130)  # the threads that watched what was just killed need not say so
     judged += _print_names(chosen, missing, options)
     if options.json:
         report = {"missing": missing, "tests": [asdict(test) for test in judged]}

@@ -30,7 +30,8 @@ LEFT_OVER_GRACE_S = 3.0
 # Characters of a dead or hanging child's output that are shown: enough for the stacks of a dozen threads.
 OUTPUT_SHOWN = 6000
 
-_MARK = "DPOOL_COMPAT_MARK"
+# Begins the mark of every process that this one started, down to the last descendant.
+MARK = f"DPOOL_COMPAT_MARK={os.getpid()}-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,10 @@ def _run_child(done: SuiteRun, tests: list[str], target: str, limit_s: float, fo
     """One child over `tests`; afterwards at least one of them has an outcome."""
     suite = done.suite
     arguments = (target, suite.family, suite.name, suite.context, tests, limit_s)
-    mark = f"{_MARK}={uuid.uuid4()}"
+    mark = f"{MARK}{uuid.uuid4()}"
+    variable, _, value = mark.partition("=")
     reading, writing = os.pipe()
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), _MARK: mark.partition("=")[2]}
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT), variable: value}
     # A folder of its own: CPython's tests write into the current one.
     with open(folder / "output", "w+b") as output, open(reading, "rb", buffering=0) as channel:
         child = subprocess.Popen(
@@ -116,7 +118,7 @@ def _run_child(done: SuiteRun, tests: list[str], target: str, limit_s: float, fo
             ending = f"the process ended with {child.returncode}" if child.returncode else ""
         except TimeoutError:
             ending = f"nothing happened for {limit_s if running else AROUND_LIMIT_S:.0f} s"
-        left_over = _end_all(mark, 0 if ending else LEFT_OVER_GRACE_S)
+        left_over = end_all(mark, 0 if ending else LEFT_OVER_GRACE_S)
         child.wait()
         output.seek(0)
         text = output.read().decode(errors="replace")
@@ -170,8 +172,8 @@ def _pidfd(pid: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _end_all(mark: str, grace_s: float) -> list[str]:
-    """Kill every process that carries the mark, after giving it `grace_s` to go; returns what had to be killed."""
+def end_all(mark: str, grace_s: float = 0) -> list[str]:
+    """Kill every process whose mark begins so, after giving it `grace_s` to go; returns what had to be killed."""
     deadline = time.monotonic() + grace_s
     while (marked := _marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)  # they are not our children: there is nothing to wait on
@@ -188,12 +190,13 @@ def _end_all(mark: str, grace_s: float) -> list[str]:
 
 
 def _marked(mark: str) -> dict[int, str]:
-    """The living processes that carry the mark, with their command lines. The dead have no environment."""
+    """The living processes whose mark begins so, with their command lines. The dead have no environment."""
     found = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():
             with suppress(OSError):
-                if mark.encode() in Path(entry.path, "environ").read_bytes().split(b"\0"):
+                environment = Path(entry.path, "environ").read_bytes()
+                if any(variable.startswith(mark.encode()) for variable in environment.split(b"\0")):
                     command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ")
                     found[int(entry.name)] = command.decode(errors="replace")[:200]
     return found
