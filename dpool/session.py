@@ -7,6 +7,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from dpool.engine import Engine
 
 _engine: Engine | None = None
@@ -36,3 +38,10 @@ def check_processes(processes: int) -> None:
     limit, name = process_limit()
     if processes > limit:
         raise ValueError(f"{processes} worker processes are more than this machine allows: {limit} ({name})")
+
+
+def by_value_pickler() -> Any:
+    """The pickler that sends functions and classes of `__main__` by value, for doors that pickle themselves."""
+    from dpool.cluster.wire.functions import by_value_pickler
+
+    return by_value_pickler()

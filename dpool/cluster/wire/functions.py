@@ -84,23 +84,33 @@ def dumps_by_value(value: Any, buffer_callback: Any = None) -> bytes:
     """
     import io
 
-    import cloudpickle
+    out = io.BytesIO()
+    by_value_pickler()(out, protocol=5, buffer_callback=buffer_callback).dump(value)
+    return out.getvalue()
 
-    main = sys.modules["__main__"].__dict__
+
+_pickler: Any = None
+
+
+def by_value_pickler() -> Any:
+    """The class of pickler behind dumps_by_value(): cloudpickle's, but for functions of `__main__`."""
+    global _pickler
+    if _pickler is not None:
+        return _pickler
+    import cloudpickle
 
     class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
         def reducer_override(self, obj: Any) -> Any:
             reduced = super().reducer_override(obj)
-            if (isinstance(obj, types.FunctionType) and obj.__globals__ is main and isinstance(reduced, tuple)
-                    and len(reduced) == 6):
+            if (isinstance(obj, types.FunctionType) and obj.__globals__ is sys.modules["__main__"].__dict__
+                    and isinstance(reduced, tuple) and len(reduced) == 6):
                 make, arguments, state = reduced[:3]
                 # cloudpickle's arguments: code, base globals, name, defaults, closure.
                 return _make_in_main, (make, arguments[0], *arguments[2:]), state, None, None, _set_state_in_main
             return reduced
 
-    out = io.BytesIO()
-    Pickler(out, protocol=5, buffer_callback=buffer_callback).dump(value)
-    return out.getvalue()
+    _pickler = Pickler
+    return Pickler
 
 
 # The globals that drivers have shipped into this process's __main__, by name: a global that still is what was shipped
