@@ -106,7 +106,8 @@ class WorkerGroup(Protocol):
                asks_start: bool = False) -> Any:
         """Queue one call; its outcome goes to `sink` as task 0. Returns the job, a token for cancel().
 
-        Raises GroupBroken if the group is broken, ForeignProcess after a fork, and what pickling the function raises.
+        Raises GroupBroken if the group is broken, GroupClosed after close(), ForeignProcess after a fork, and what
+        pickling the function raises.
         """
         ...
 

@@ -38,6 +38,10 @@ class GroupTerminated(DpoolError, RuntimeError):
     """The group was terminated before this task had a result."""
 
 
+class GroupClosed(DpoolError, RuntimeError):
+    """The group was closed: it finishes what it has accepted and takes no more tasks."""
+
+
 class ForeignProcess(DpoolError, RuntimeError):
     """An object of dpool was used in a process that got it by os.fork(); it serves only the process that made it."""
 

@@ -19,7 +19,7 @@ from dpool.cluster.driver.functions import table
 from dpool.cluster.store import segments
 from dpool.cluster.wire import frames, pickling
 from dpool.engine import Failure
-from dpool.errors import DpoolError, ForeignProcess, GroupBroken, GroupTerminated, RemoteError, WorkerDied
+from dpool.errors import DpoolError, ForeignProcess, GroupBroken, GroupClosed, GroupTerminated, RemoteError, WorkerDied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Group:
 
     def close(self) -> None:
         """Take no more tasks; the accepted ones still finish, then the workers end. Does not block."""
+        # Takes no lock: the garbage collector may call this, from a thread that holds it.
         self._closing = True
         self.port.wake()
 
@@ -132,6 +133,11 @@ class Group:
         return self.port.processes
 
     @property
+    def ended(self) -> DpoolError | None:
+        """Why nothing more can run, a GroupBroken or GroupTerminated; None as long as something can."""
+        return self._ended
+
+    @property
     def queued(self) -> int:
         """Tasks that were accepted and not yet sent."""
         return self._dispatch.queued
@@ -148,6 +154,8 @@ class Group:
         with self._lock:
             if self._ended is not None:
                 raise type(self._ended)(*self._ended.args) from self._ended.__cause__
+            if self._closing:
+                raise GroupClosed("this pool is closed: it takes no more tasks")
             self._dispatch.add(job)
         self._pump()
 
@@ -157,7 +165,10 @@ class Group:
         """Send batches while there are tasks and credits."""
         dispatch = self._dispatch
         if self.spec.on_demand and dispatch.queue:
-            self.port.demand(dispatch.queued, len(dispatch.inflight))
+            try:
+                self.port.demand(dispatch.queued, len(dispatch.inflight))
+            except Exception as error:
+                self._cannot_start(error)
             dispatch.workers = self.port.count
         # Read without the lock: a result that frees a credit is followed by a pump of the I/O thread's own.
         while dispatch.queue and dispatch.has_credit:
@@ -248,8 +259,7 @@ class Group:
             if deadline is not None:
                 self._on_timer(time.monotonic())
             self._pump()
-            if self._closing and not self._tasks_closed and self._finished():
-                self._tasks_closed = True
+            if self._closing and not self._tasks_closed and self._close_if_finished():
                 port.close_tasks()
             if not port.count and (self._tasks_closed or self._ended is not None):
                 break
@@ -258,6 +268,11 @@ class Group:
     def _finished(self) -> bool:
         with self._lock:
             return self._dispatch.idle
+
+    def _close_if_finished(self) -> bool:
+        with self._lock:  # whoever adds a task holds it too: what was accepted is seen here
+            self._tasks_closed = self._dispatch.idle
+            return self._tasks_closed
 
     def _on_results(self, message: memoryview, descriptors: list[int]) -> None:
         flags, _, slot, number, first, count, executed, run_ns, failure_bytes = frames.RESULTS.unpack_from(message)
@@ -359,10 +374,14 @@ class Group:
         try:
             self.maintain()
         except Exception as error:
-            if not self.port.count:
-                broken = GroupBroken(f"no worker can be started: {type(error).__name__}: {error}")
-                broken.__cause__ = error
-                self._end(broken)
+            self._cannot_start(error)
+
+    def _cannot_start(self, error: Exception) -> None:
+        """Go on with the workers there are; without any, the group is broken."""
+        if not self.port.count:
+            broken = GroupBroken(f"no worker can be started: {type(error).__name__}: {error}")
+            broken.__cause__ = error
+            self._end(broken)
 
     def _describe(self, death: Any, guilty: tuple[Job, int] | None, attempts: int) -> Failure:
         what = f"task {guilty[1]}" if guilty is not None else "no task"

@@ -276,8 +276,9 @@ class Workers:
             start = trace_offset(self.spec.processes, slot)
             trace = self._map[start:start + TRACE_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
             ready = bool(self.page[base + READY])
-            death = Death(slot, process.pid, process.exitcode, self.page[base + BATCH], self.page[base + TASK], ready,
-                          trace, process.exitcode == 0 and ready)
+            batch = self.page[base + BATCH]
+            death = Death(slot, process.pid, process.exitcode, batch, self.page[base + TASK], ready, trace,
+                          process.exitcode == 0 and ready and not batch)  # os._exit(0) in a task is a death too
             self.page[base + BATCH] = 0
             self.processes.remove(process)
             self.supervisor.ended(slot, ready)
