@@ -58,3 +58,15 @@ class RemoteError(DpoolError, RuntimeError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (str(self), self.type_name)
+
+
+class ClusterError(DpoolError, ConnectionError):
+    """Something about the cluster: it cannot be reached, refuses this process, or has no node to run on."""
+
+
+class KeyProblem(ClusterError):
+    """The cluster's key cannot be used; the message says which file or variable, what is wrong, and what to do."""
+
+
+class NodeLost(DpoolError, RuntimeError):
+    """The nodes that were running this task were lost, one after the other, too many times to try another."""

@@ -212,17 +212,10 @@ class ApplyResult(_stdlib.ApplyResult):  # type: ignore[type-arg]
         self._callback = callback
         self._error_callback = error_callback
         self._done = False
-        # Made by the first who waits: most results are there before anyone asks, and an Event costs 2 us.
-        self._waiter: threading.Event | None = None
+        # Made, and held, by the first who waits; released when the outcome is there. Most results are there before
+        # anyone asks, and an Event costs more than all the rest of this object.
+        self._waiter: Any = None
         self._cache[self._job] = self
-
-    @property
-    def _event(self) -> threading.Event:
-        event = self.__dict__.get("_waiter") or threading.Event()
-        self._waiter = event
-        if self._done:
-            event.set()
-        return event
 
     def ready(self) -> bool:
         """Whether the outcome is there."""
@@ -238,12 +231,17 @@ class ApplyResult(_stdlib.ApplyResult):  # type: ignore[type-arg]
         """Wait until the outcome is there or `timeout` seconds have passed."""
         if not self._done:
             with _waiters:
-                event = self._waiter
-                if event is None:
-                    event = self._waiter = threading.Event()
+                waiter = self._waiter
+                if waiter is None:
+                    waiter = self._waiter = threading.Lock()
+                    waiter.acquire()
             # The setter sets _done before it looks for a waiter, so one of the two sees the other.
             if not self._done:
-                event.wait(timeout)
+                if timeout is None:
+                    waiter.acquire()
+                elif not waiter.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX)):
+                    return
+                waiter.release()  # for the next who waits
 
     def get(self, timeout: float | None = None) -> Any:
         """The value, waiting up to `timeout` seconds for it. Raises what the call raised, or TimeoutError."""
@@ -270,9 +268,9 @@ class ApplyResult(_stdlib.ApplyResult):  # type: ignore[type-arg]
             self._cache.pop(self._job, None)
             self._pool = None
             self._done = True
-            event = self._waiter
-            if event is not None:
-                event.set()
+            waiter = self._waiter
+            if waiter is not None and waiter.locked():
+                waiter.release()
 
     # -- the Sink
 

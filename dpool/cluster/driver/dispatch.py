@@ -272,11 +272,12 @@ class Dispatch:
 
     def steal_at(self) -> float | None:
         """When should_steal() is worth asking next; None while no batch of several tasks is in flight."""
-        oldest: float | None = None
-        for batch in self.inflight.values():
-            if batch.stop - batch.reported > 1 and (oldest is None or batch.sent_at < oldest):
-                oldest = batch.sent_at
-        return None if oldest is None else oldest + STEAL_AFTER_S
+        if self.inflight:
+            # In the order of their sending, so the first one found is the oldest.
+            for batch in self.inflight.values():
+                if batch.stop - batch.reported > 1:
+                    return batch.sent_at + STEAL_AFTER_S
+        return None
 
     def should_steal(self, now: float) -> list[Batch]:
         """Batches that keep tasks waiting while workers idle; empty as long as the queue feeds everyone."""

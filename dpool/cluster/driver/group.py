@@ -23,7 +23,7 @@ from dpool.errors import DpoolError, ForeignProcess, GroupBroken, GroupClosed, G
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any, Protocol
 
     from dpool.engine import GroupSpec, Sink
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         def demand(self, queued: int, inflight: int) -> None: ...
         def send(self, parts: list[bytes], descriptors: list[int]) -> bool: ...
         def wake(self) -> None: ...
-        def poll(self, timeout: float | None) -> Iterator[tuple[int, Any, list[int] | None]]: ...
+        def poll(self, timeout: float | None) -> Sequence[tuple[int, Any, list[int]]]: ...
         def claimed(self) -> dict[int, int]: ...
         def steal(self, number: int) -> int: ...
         def close_tasks(self) -> None: ...
@@ -253,7 +253,7 @@ class Group:
             timeout = None if deadline is None else max(deadline - time.monotonic(), 0.001)
             for kind, what, descriptors in port.poll(timeout):
                 if kind == 0:
-                    self._on_results(what, descriptors or [])
+                    self._on_results(what, descriptors)
                 else:
                     self._on_death(what)
             if deadline is not None:
@@ -296,7 +296,11 @@ class Group:
         values: list[Any] = []
         failed: dict[int, Failure] = {}
         if count:
-            loaded = pickling.unpack(body, buffers, bool(flags & frames.ONE_PICKLE))
+            try:
+                loaded = pickling.unpack(body, buffers, bool(flags & frames.ONE_PICKLE))
+            except BaseException as error:  # a single value, whose unpickling is code of the user's
+                loaded = [None] * count
+                failed = {index: Failure(engine.RESULT_BROKEN, error) for index in range(count)}
             if isinstance(loaded, list):
                 values = loaded
             else:

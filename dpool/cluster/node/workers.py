@@ -24,7 +24,7 @@ from dpool.cluster.worker.setup import Setup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
     from dpool.engine import GroupSpec
@@ -34,7 +34,7 @@ _SOCKET_BUFFER_BYTES = 1 << 20
 TERMINATE_GRACE_S = 1.0
 _CONTROL_BYTES = socket.CMSG_SPACE(4 * 4)
 
-# What poll() yields: (MESSAGE, bytes, descriptors) or (DEATH, Death, None).
+# What poll() returns: (MESSAGE, bytes, descriptors) or (DEATH, Death, []).
 MESSAGE = 0
 DEATH = 1
 
@@ -103,7 +103,8 @@ class Workers:
         self._poll = select.epoll()
         self._poll.register(self.results, select.EPOLLIN)
         self._poll.register(self._wake, select.EPOLLIN)
-        self._buffer = bytearray(frames.RECEIVE_BYTES)
+        self._results_fd = self.results.fileno()
+        self._views = [memoryview(bytearray(frames.RECEIVE_BYTES))]
         _all.add(self)
 
     def _can_split(self) -> bool:
@@ -216,8 +217,9 @@ class Workers:
         except OSError:
             pass  # closed: nobody polls any more
 
-    def poll(self, timeout: float | None) -> Iterator[tuple[int, Any, list[int] | None]]:
-        """What has happened, messages before deaths; waits for it up to `timeout` seconds, for ever if None."""
+    def poll(self, timeout: float | None) -> Sequence[tuple[int, Any, list[int]]]:
+        """What has happened, messages before deaths; waits for it up to `timeout` seconds, for ever if None. A message
+        is a view of a buffer that the next call writes to."""
         if self._kill_at is not None:
             left = self._kill_at - time.monotonic()
             if left <= 0:
@@ -225,38 +227,40 @@ class Workers:
                 self.signal_all(signal.SIGKILL)
             else:
                 timeout = left if timeout is None else min(timeout, left)
-        ready = self._poll.poll(-1 if timeout is None else timeout)
-        results = self.results.fileno()
-        dead: list[int] = []
-        readable = False
-        for descriptor, _ in ready:
-            if descriptor == results:
-                readable = True
-            elif descriptor == self._wake:
-                os.eventfd_read(self._wake)
-            else:
-                dead.append(descriptor)
-        if readable or dead:
-            # What a worker sent before it died is in the socket by now: read until there is no more.
-            yield from self._messages(until_empty=bool(dead))
-        for descriptor in dead:
-            yield DEATH, self._reap(descriptor), None
+        ready = self._poll.poll(timeout)
+        if len(ready) == 1 and ready[0][0] == self._results_fd:
+            # One message a call: a second read to learn that there is no more would cost more than it saves.
+            message = self._receive()
+            return () if message is None else (message,)
+        return list(self._events(ready))
 
-    def _messages(self, until_empty: bool) -> Iterator[tuple[int, Any, list[int] | None]]:
-        view = memoryview(self._buffer)
-        receive = self.results.recvmsg_into
-        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-        for _ in range(1 << 30 if until_empty else 64):
-            try:
-                size, control, _, _ = receive([view], _CONTROL_BYTES, flags)
-            except BlockingIOError:
-                return
-            if control:
-                data = control[0][2]
-                descriptors = [int.from_bytes(data[i:i + 4], "little") for i in range(0, len(data) - 3, 4)]
-            else:
-                descriptors = []
-            yield MESSAGE, view[:size], descriptors
+    def _events(self, ready: list[tuple[int, int]]) -> Iterator[tuple[int, Any, list[int]]]:
+        dead: list[int] = []
+        for descriptor, _ in ready:
+            if descriptor == self._wake:
+                os.eventfd_read(self._wake)
+            elif descriptor != self._results_fd:
+                dead.append(descriptor)
+        if dead or len(ready) > 1:
+            # What a worker sent before it died is in the socket by now: all of it comes before the news of its death.
+            while (message := self._receive()) is not None:
+                yield message[0], memoryview(bytes(message[1])), message[2]
+                if not dead:
+                    break
+        for descriptor in dead:
+            yield DEATH, self._reap(descriptor), []
+
+    def _receive(self) -> tuple[int, memoryview, list[int]] | None:
+        try:
+            size, control, _, _ = self.results.recvmsg_into(
+                self._views, _CONTROL_BYTES, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return None
+        descriptors = []
+        if control:
+            data = control[0][2]
+            descriptors = [int.from_bytes(data[i:i + 4], "little") for i in range(0, len(data) - 3, 4)]
+        return MESSAGE, self._views[0][:size], descriptors
 
     # -- deaths
 

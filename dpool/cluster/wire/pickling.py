@@ -9,6 +9,7 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+from itertools import chain
 from multiprocessing.reduction import ForkingPickler
 
 from dpool.cluster.wire.functions import dumps_by_value
@@ -25,6 +26,10 @@ OUT_OF_BAND_MIN_BYTES = 64 * 1024
 
 # Values of exactly these types cannot fail to pickle or to unpickle, so a whole list of them may share one pickle.
 _ATOMS = frozenset((int, float, complex, bool, str, type(None)))
+
+# Tuples and lists up to this length are searched for large bytes; nested ones as deep as they go.
+MAX_LIFTED = 16
+_LIFTED = frozenset((bytes, bytearray, tuple, list))
 
 _plain_reducers = len(ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
 
@@ -57,14 +62,14 @@ class _Bytes:
 
 
 def _lift(value: Any) -> Any:
-    """`value`, with large bytes at its top level put behind a buffer."""
+    """`value`, with large bytes in its first levels of short tuples and lists put behind a buffer."""
     kind = type(value)
     if kind is bytes or kind is bytearray:
         return _Bytes(value) if len(value) >= OUT_OF_BAND_MIN_BYTES else value
-    if kind is tuple:
+    if (kind is tuple or kind is list) and len(value) <= MAX_LIFTED:
         for item in value:
-            if (type(item) is bytes or type(item) is bytearray) and len(item) >= OUT_OF_BAND_MIN_BYTES:
-                return tuple(map(_lift, value))
+            if type(item) in _LIFTED:
+                return kind(map(_lift, value))
     return value
 
 
@@ -117,8 +122,15 @@ def _forking_dumps(value: Any, callback: Any) -> bytes:
 
 def pack(values: Sequence[Any], by_value: bool = False) -> tuple[Packed, list[tuple[int, Exception]]]:
     """`values` as bytes, and the (index, error) of each that cannot be pickled; those arrive as None."""
-    if set(map(type, values)) <= _ATOMS:
-        return Packed(pickle.dumps(list(values), PROTOCOL), [], True), []
+    if len(values) == 1:
+        # Nobody else to spoil: no need for a pickle within a pickle.
+        beside: list[memoryview] = []
+        try:
+            return Packed(dumps([values[0]], beside, by_value), beside, True), []
+        except Exception as error:
+            return Packed(_NONES, [], True), [(0, error)]
+    if _plain(values):
+        return Packed(pickle.dumps(values if type(values) is list else list(values), PROTOCOL), [], True), []
     errors: list[tuple[int, Exception]] = []
     pickles: list[Any] = []
     counts: list[int] = []
@@ -142,12 +154,31 @@ def pack(values: Sequence[Any], by_value: bool = False) -> tuple[Packed, list[tu
 
 
 _NONE = pickle.dumps(None, PROTOCOL)
+_NONES = pickle.dumps([None], PROTOCOL)
+
+
+def _plain(values: Sequence[Any]) -> bool:
+    """Whether no value can fail to pickle: numbers and texts, tuples of them, and calls with no more than those."""
+    kinds = set(map(type, values))
+    if kinds <= _ATOMS:
+        return True
+    if kinds == {tuple}:
+        parts = list(chain.from_iterable(values))
+        kinds = set(map(type, parts))
+        if kinds == {tuple, dict} and not any(map(dict.__len__, filter(_is_dict, parts))):
+            kinds = set(map(type, chain.from_iterable(parts)))  # calls: (args, {})
+        return kinds <= _ATOMS
+    return False
+
+
+def _is_dict(value: Any) -> bool:
+    return type(value) is dict
 
 
 def unpack(body: bytes | memoryview, buffers: Sequence[memoryview], one: bool) -> list[Any] | Pickles:
     """The values themselves, or their pickles: load those one by one, each may raise."""
     if one:
-        return pickle.loads(body)  # type: ignore[no-any-return]
+        return pickle.loads(body, buffers=buffers)  # type: ignore[no-any-return]
     source = iter(buffers)
     counts, pickles = pickle.loads(body, buffers=source)
     return Pickles(counts, pickles, source)
