@@ -157,13 +157,18 @@ class Group:
             if self._closing:
                 raise GroupClosed("this pool is closed: it takes no more tasks")
             self._dispatch.add(job)
-        self._pump()
+            # The common case, in the same breath: a worker has room.
+            batch = self._dispatch.next_batch(time.monotonic()) if self._dispatch.has_credit else None
+        if batch is None or self._send(batch):
+            self._pump()
 
     # -- sending
 
     def _pump(self) -> None:
         """Send batches while there are tasks and credits."""
         dispatch = self._dispatch
+        if not dispatch.queue:
+            return
         if self.spec.on_demand and dispatch.queue:
             try:
                 self.port.demand(dispatch.queued, len(dispatch.inflight))
@@ -176,14 +181,10 @@ class Group:
                 batch = dispatch.next_batch(time.monotonic())
             if batch is None or not self._send(batch):
                 break
-            if batch.stop > 1 and not self._timer_armed:
-                # The I/O thread waits without a limit: make it look at the clock.
-                self._timer_armed = True
-                self.port.wake()
 
     def _send(self, batch: Batch) -> bool:
         """Encode and send; False if it must wait for the next result."""
-        if batch.jobs is not None:
+        if batch.jobs is not None and batch.job.asks_start:
             refused = [i for i, job in enumerate(batch.jobs) if job.asks_start and not job.sink.start()]
             if refused:
                 with self._lock:
@@ -223,6 +224,10 @@ class Group:
             with self._lock:
                 if batch.number in self._dispatch.inflight:
                     self._dispatch.unsend(batch)
+        elif batch.stop > 1 and not self._timer_armed:
+            # The I/O thread waits without a limit: make it look at the clock.
+            self._timer_armed = True
+            self.port.wake()
         return sent
 
     def _refuse(self, batch: Batch, errors: list[tuple[int, Exception]]) -> None:

@@ -63,13 +63,26 @@ class _Bytes:
 
 def _lift(value: Any) -> Any:
     """`value`, with large bytes in its first levels of short tuples and lists put behind a buffer."""
+    return _lifted(value) if _holds_large(value) else value
+
+
+def _holds_large(value: Any) -> bool:
+    kind = type(value)
+    if kind is tuple or kind is list:
+        if len(value) <= MAX_LIFTED:
+            for item in value:
+                if type(item) in _LIFTED and _holds_large(item):
+                    return True
+        return False
+    return (kind is bytes or kind is bytearray) and len(value) >= OUT_OF_BAND_MIN_BYTES
+
+
+def _lifted(value: Any) -> Any:
     kind = type(value)
     if kind is bytes or kind is bytearray:
         return _Bytes(value) if len(value) >= OUT_OF_BAND_MIN_BYTES else value
     if (kind is tuple or kind is list) and len(value) <= MAX_LIFTED:
-        for item in value:
-            if type(item) in _LIFTED:
-                return kind(map(_lift, value))
+        return kind(map(_lifted, value))
     return value
 
 
@@ -123,6 +136,8 @@ def _forking_dumps(value: Any, callback: Any) -> bytes:
 def pack(values: Sequence[Any], by_value: bool = False) -> tuple[Packed, list[tuple[int, Exception]]]:
     """`values` as bytes, and the (index, error) of each that cannot be pickled; those arrive as None."""
     if len(values) == 1:
+        if type(values[0]) in _ATOMS:
+            return Packed(pickle.dumps([values[0]], PROTOCOL), [], True), []
         # Nobody else to spoil: no need for a pickle within a pickle.
         beside: list[memoryview] = []
         try:
