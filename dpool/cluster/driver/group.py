@@ -466,13 +466,23 @@ class Stream:
         self._group = group
         self._job = job
 
+    @property
+    def job(self) -> Job:
+        """The token for the group's cancel()."""
+        return self._job
+
     def push(self, item: Any) -> None:
         """Append one task."""
+        self.extend((item,))
+
+    def extend(self, items: Sequence[Any]) -> None:
+        """Append one task for each item, in one step."""
         group = self._group
         with group._lock:
             if group._ended is not None:
                 return
-            group._dispatch.extend(self._job, (item,))
+            if items:
+                group._dispatch.extend(self._job, items)
         group._pump()
 
     def seal(self) -> None:
