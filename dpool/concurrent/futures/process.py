@@ -1,0 +1,760 @@
+"""`concurrent.futures.process` with dpool's ProcessPoolExecutor: the standard library's promises, over one worker group.
+
+Translates between the two and decides nothing about where tasks run. Future, wait(), as_completed() and the exceptions
+are the standard library's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import process as _stdlib
+from concurrent.futures._base import CancelledError, Future, InvalidStateError
+from concurrent.futures.process import BrokenProcessPool
+
+from dpool import session
+from dpool.concurrent.futures.initializer import LoggedInitializer
+from dpool.engine import (
+    ABANDONED,
+    ARGUMENT_BROKEN,
+    ARGUMENT_LOST,
+    MAP,
+    MAP_CHUNK,
+    RESULT_BROKEN,
+    STAR,
+    STAR_CHUNK,
+    WORKER_DIED,
+    Failure,
+    GroupSpec,
+)
+from dpool.errors import ForeignProcess, GroupBroken, GroupClosed, GroupTerminated, WorkerDied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from multiprocessing.context import BaseContext
+    from typing import Any
+
+__all__ = ["BrokenProcessPool", "ProcessPoolExecutor", "WorkerDeath"]
+
+# How long map() reads a slow input before what it has read is sent. Longer: fewer steps. Shorter: workers wait less.
+FLUSH_AFTER_S = 0.0005
+
+_TERMINATED = "the workers of this executor were stopped before this call had a result"
+_ABRUPT = "A process in the process pool was terminated abruptly while the future was running or pending"
+
+_RemoteTraceback = _stdlib._RemoteTraceback  # type: ignore[attr-defined]
+
+# The groups of this process's executors that may still have work: the interpreter's exit waits for them.
+_groups: weakref.WeakSet[Any] = weakref.WeakSet()
+_exiting = False
+
+
+class WorkerDeath(WorkerDied, BrokenProcessPool):
+    """A worker process died: `dpool.errors.WorkerDied`, with its pid, exit code and host, and a BrokenProcessPool."""
+
+
+class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
+    """An executor of worker processes: `concurrent.futures.ProcessPoolExecutor`, several times faster.
+
+    Parameters, methods, exceptions and attributes are those of the running Python's own, with terminate_workers(),
+    kill_workers() and map(buffersize=) also where it has none. Two options more:
+
+    `on_worker_death`: "break", the standard library's promise, fails every pending call when a worker process dies, and
+    the executor takes no more. "fail" fails the one call that the worker was running, with WorkerDeath; the worker is
+    replaced. `retries`: how often such a call is run again before it fails; for "fail" only.
+    """
+
+    def __init__(self, max_workers: int | None = None, mp_context: BaseContext | None = None,
+                 initializer: Callable[..., object] | None = None, initargs: Iterable[Any] = (), *,
+                 max_tasks_per_child: int | None = None, on_worker_death: str = "break", retries: int = 0) -> None:
+        self._group: Any = None  # opened by the first call
+        self._max_workers = _workers(max_workers)
+        self._mp_context = _context(mp_context, max_tasks_per_child)
+        self._safe_to_dynamically_spawn_children = self._mp_context.get_start_method(allow_none=False) != "fork"
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        self._initializer = initializer
+        self._initargs = tuple(initargs)
+        self._max_tasks_per_child = max_tasks_per_child
+        if on_worker_death not in ("break", "fail"):
+            raise ValueError(f'on_worker_death must be "break" or "fail", not {on_worker_death!r}')
+        if isinstance(retries, bool) or not isinstance(retries, int):
+            raise TypeError(f"retries must be an int, not {type(retries).__name__}")
+        if retries < 0:
+            raise ValueError(f"retries must be at least 0, got {retries}")
+        if retries and on_worker_death == "break":
+            raise ValueError('retries need on_worker_death="fail": with "break" a dead worker ends the executor')
+        self._on_worker_death = on_worker_death
+        self._retries = retries
+        # Guards _group and _shutdown_thread where one follows from the other. Held while the first workers start, never
+        # while something of the user's runs.
+        self._shutdown_lock = threading.Lock()
+        self._shutdown_thread = False
+        self._cancel_pending_futures = False
+        self._pending_work_items: dict[int, Any] = {}
+        self._numbers = itertools.count()
+        self._maps: weakref.WeakSet[_MapResults] = weakref.WeakSet()
+        # Look-alikes, for programs and tests that look inside the standard library's.
+        self._processes: Any = _Processes()
+        self._executor_manager_thread: Any = None
+        self._call_queue: Any = _CallQueue()
+        self._result_queue: Any = None
+
+    @property
+    def _broken(self) -> Any:
+        """Why the executor is broken, a text; False if it is not."""
+        why = None if self._group is None else self._group.ended
+        return str(_broken_pool(why)) if why is not None else False
+
+    @property
+    def _queue_count(self) -> int:
+        return int(repr(self._numbers)[6:-1])  # what itertools.count would give next
+
+    # -- calls
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Queue `fn(*args, **kwargs)` and return its Future; does not block.
+
+        Raises BrokenProcessPool if the executor is broken, RuntimeError after shutdown() and in a forked child. What
+        cannot be pickled is raised by the future.
+        """
+        group = self._group
+        if group is None or self._shutdown_thread or _exiting:
+            group = self._open()
+        future: Future[Any] = Future()
+        call = _Call(future, self._pending_work_items, next(self._numbers), fn, args, kwargs)
+        self._pending_work_items[call.number] = call
+        try:
+            group.submit(fn, args, kwargs, call, True)
+        except _REFUSALS as error:
+            del self._pending_work_items[call.number]
+            raise self._refusal(error) from error.__cause__
+        except Exception as error:
+            if future.set_running_or_notify_cancel():
+                call.fail(0, Failure(ARGUMENT_LOST, error))
+        return future
+
+    def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None,
+            chunksize: int = 1, buffersize: int | None = None) -> Iterator[Any]:
+        """Call `fn` with an item of each of `iterables`, in parallel; an iterator of the results, in order.
+
+        The inputs are read at once, unless `buffersize` says how many chunks may be in work ahead of the results that
+        were taken. `timeout`: seconds from this call on, after which the iterator raises TimeoutError. `chunksize`:
+        items in one task; one that raises takes the results of its chunk with it. When the iterator ends, raises or is
+        dropped, calls that were not sent to a worker yet never run.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and not isinstance(buffersize, int):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        deadline = None if timeout is None else timeout + time.monotonic()
+        if deadline != deadline:
+            raise ValueError("timeout must be a number of seconds or None, not nan")
+        group = self._group
+        if group is None or self._shutdown_thread or _exiting:
+            group = self._open()
+        single = len(iterables) == 1
+        source: Any = iterables[0] if single else zip(*iterables)
+        if chunksize == 1:
+            mode = MAP if single else STAR
+        else:
+            mode = MAP_CHUNK if single else STAR_CHUNK
+        results = _MapResults(group)
+        self._maps.add(results)
+        try:
+            if buffersize is not None:
+                return self._map_ahead(fn, iter(source), mode, chunksize, buffersize, results, deadline)
+            if all(type(iterable) in (list, tuple, range) for iterable in iterables):
+                # Reading these runs nothing of the user's and takes no time.
+                items: Sequence[Any] = source if type(source) in (tuple, range) else list(source)
+                results.grow(-(-len(items) // chunksize))
+                if items:
+                    try:
+                        results.attach(group.submit_many(fn, items, mode, results, chunksize))
+                    except _REFUSALS:
+                        raise
+                    except Exception as error:
+                        raise _Unsendable(error) from None
+            else:
+                _feed(group, fn, iter(source), mode, chunksize, results)
+        except _REFUSALS as error:
+            raise self._refusal(error) from error.__cause__
+        except _Unsendable as error:
+            results.fail(0, Failure(ARGUMENT_LOST, error.reason))
+        results.seal()
+        return _iterate(results, deadline, chunksize > 1)
+
+    def _map_ahead(self, fn: Callable[..., Any], source: Iterator[Any], mode: int, chunksize: int, buffersize: int,
+                   results: _MapResults, deadline: float | None) -> Iterator[Any]:
+        """map() that reads its inputs as its results are taken."""
+        reference = weakref.ref(self)  # the iterator must not keep its executor alive
+
+        def read_one() -> None:
+            executor = reference()
+            if executor is None or not results.open:
+                return results.seal()
+            if mode in (MAP, STAR):
+                try:
+                    item = next(source)
+                except StopIteration:
+                    return results.seal()
+            else:
+                item = tuple(itertools.islice(source, chunksize))
+                if not item:
+                    return results.seal()
+            group = executor._group
+            if executor._shutdown_thread or _exiting:
+                executor._open()
+            try:
+                results.send_one(group, fn, item, mode)
+            except _REFUSALS as error:
+                raise executor._refusal(error) from error.__cause__
+
+        for _ in range(buffersize):
+            if not results.open:
+                break
+            read_one()
+        return _iterate(results, deadline, mode in (MAP_CHUNK, STAR_CHUNK), read_one)
+
+    # -- the workers
+
+    def _open(self) -> Any:
+        """The group, opened now if it was not. Raises what submit() raises."""
+        with self._shutdown_lock:
+            broken = self._broken
+            if broken:
+                assert self._group is not None
+                raise self._refusal(self._group.ended) from self._group.ended.__cause__
+            if self._shutdown_thread:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if _exiting:
+                raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+            if self._group is None:
+                initializer = LoggedInitializer(self._initializer) if self._initializer is not None else None
+                group: Any = session.current().open_group(GroupSpec(
+                    self._max_workers, self._mp_context, initializer, self._initargs, self._max_tasks_per_child,
+                    # Forking once threads run is what can deadlock, so where workers are forked all are at once.
+                    retries=self._retries, on_demand=self._safe_to_dynamically_spawn_children, worker_name="Process",
+                    daemon=False, break_on_death=self._on_worker_death == "break"))
+                _groups.add(group)
+                weakref.finalize(self, _close_group, group, os.getpid()).atexit = False
+                self._processes.living = getattr(group, "processes", ())
+                self._call_queue.group = group
+                self._executor_manager_thread = _ManagerThread(group)
+                self._group = group
+            return self._group
+
+    def _refusal(self, error: BaseException) -> BaseException:
+        """What submit() raises where the group raises `error`."""
+        if isinstance(error, GroupBroken):
+            return _broken_pool(error)
+        if isinstance(error, (GroupClosed, GroupTerminated)):
+            when = "shutdown" if self._shutdown_thread or not _exiting else "interpreter shutdown"
+            return RuntimeError(f"cannot schedule new futures after {when}")
+        return error
+
+    # Programs that want their workers early call these of the standard library's.
+
+    def _start_executor_manager_thread(self) -> None:
+        self._open()
+
+    def _adjust_process_count(self) -> None:
+        self._open()
+
+    # -- the end
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls; the workers end when the accepted ones are done. May be called again.
+
+        `wait`: return when the workers have ended. `cancel_futures`: calls that were not sent to a worker yet are
+        cancelled.
+        """
+        with self._shutdown_lock:
+            self._shutdown_thread = True
+            self._cancel_pending_futures = cancel_futures
+            group = self._group
+        if group is not None:
+            if cancel_futures:
+                for call in list(self._pending_work_items.values()):
+                    call.future.cancel()
+                for results in list(self._maps):
+                    results.cancel()
+            group.close()
+            if wait:
+                group.join()
+        self._executor_manager_thread = None
+        self._call_queue = None
+        self._processes = None
+
+    def terminate_workers(self) -> None:
+        """Stop the workers with SIGTERM, whatever they are doing; SIGKILL follows a second later for those that go on.
+
+        Returns at once. What was queued is cancelled; what was running fails with BrokenProcessPool.
+        """
+        self._stop_workers(kill=False)
+
+    def kill_workers(self) -> None:
+        """Stop the workers with SIGKILL; otherwise like terminate_workers()."""
+        self._stop_workers(kill=True)
+
+    def _stop_workers(self, kill: bool) -> None:
+        group = self._group
+        self.shutdown(wait=False, cancel_futures=True)
+        if group is not None and group.ended is None:
+            processes = list(getattr(group, "processes", ()))
+            group.terminate()
+            if kill:
+                for process in processes:
+                    process.kill()
+
+    def __reduce__(self) -> Any:
+        raise NotImplementedError("executor objects cannot be passed between processes or pickled")
+
+
+_REFUSALS = (GroupBroken, GroupTerminated, GroupClosed, ForeignProcess)
+
+
+class _Unsendable(Exception):
+    """The function of a map cannot be pickled; `reason` says why. For the iterator to raise, not for map() itself."""
+
+    def __init__(self, reason: Exception) -> None:
+        self.reason = reason
+
+
+class _Call:
+    """One submit(): the Sink that resolves its Future, and the look-alike of the standard library's work item."""
+
+    __slots__ = ("future", "pending", "number", "fn", "args", "kwargs", "started")
+
+    def __init__(self, future: Future[Any], pending: dict[int, Any], number: int, fn: Callable[..., Any],
+                 args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.future = future
+        self.pending = pending
+        self.number = number
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+        self.started = False
+
+    def start(self) -> bool:
+        if self.started:
+            return True  # it came back from a worker that had not begun it
+        if self.future.set_running_or_notify_cancel():
+            self.started = True
+            return True
+        self.pending.pop(self.number, None)
+        return False
+
+    def set(self, first: int, values: Sequence[Any]) -> None:
+        self.pending.pop(self.number, None)
+        try:
+            self.future.set_result(values[0])
+        except InvalidStateError:
+            pass  # whoever holds the future has set it
+        except BaseException:
+            _report()
+
+    def fail(self, index: int, failure: Failure) -> None:
+        self.pending.pop(self.number, None)
+        try:
+            self.future.set_exception(to_exception(failure))
+        except InvalidStateError:
+            pass
+        except BaseException:
+            _report()
+
+    def abandon(self, failure: Failure) -> None:
+        if self.start():
+            self.fail(0, failure)
+
+
+class _Raise:
+    """Stands among the results of a map for an exception to raise there."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class _MapResults:
+    """The results of one map(), in order: a Sink that the group's I/O thread fills and one iterator empties."""
+
+    __slots__ = ("group", "condition", "items", "expected", "arrived", "total", "dropped", "unsorted", "open", "job",
+                 "jobs", "closed", "__weakref__")
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        # Guards all below but `items`, whose ends may be used by one thread each.
+        self.condition = threading.Condition(threading.Lock())
+        self.items: deque[Any] = deque()
+        self.expected = 0  # the next task whose result may be queued
+        self.arrived = 0  # tasks that have an outcome
+        self.total = 0  # tasks there are
+        self.dropped = 0  # tasks that were cancelled and never will have an outcome
+        self.unsorted: dict[int, Sequence[Any]] = {}  # first task -> results that came before their turn
+        self.open = True  # more tasks may come
+        self.job: Any = None  # what the group calls this map, while it may be cancelled
+        self.jobs: deque[Any] = deque()  # the same for each task, where they are sent one by one
+        self.closed = False  # nobody will take results any more
+
+    # -- from map()
+
+    def grow(self, count: int) -> None:
+        self.total += count
+
+    def attach(self, job: Any) -> None:
+        self.job = job
+        if self.arrived >= self.total and not self.open:
+            self.job = None  # a job that is done would only keep its arguments alive
+
+    def seal(self) -> None:
+        """No more tasks will come."""
+        with self.condition:
+            self.open = False
+            if self.arrived >= self.total:
+                self.job = None
+            self.condition.notify()
+
+    def send_one(self, group: Any, fn: Callable[..., Any], item: Any, mode: int) -> None:
+        """One more task, as a job of its own."""
+        index = self.total
+        self.total = index + 1
+        try:
+            job = group.submit_many(fn, (item,), mode, _Part(self, index))
+        except _REFUSALS:
+            raise
+        except Exception as error:
+            self.fail(index, Failure(ARGUMENT_LOST, error))
+            return
+        while self.jobs and not self.jobs[0].unsettled:
+            self.jobs.popleft()
+        self.jobs.append(job)
+
+    # -- from the iterator
+
+    def wait(self, deadline: float | None) -> bool:
+        """Wait for a result; False if none will come. Raises TimeoutError, and CancelledError where the next one was
+        cancelled."""
+        with self.condition:
+            while not self.items:
+                if self.expected >= self.total and not self.open:
+                    return False
+                if self.dropped and self.arrived + self.dropped >= self.total:
+                    raise CancelledError
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError
+                self.condition.wait(left)
+        return True
+
+    def close(self) -> None:
+        """The iterator is done: nobody takes results any more."""
+        self.closed = True
+        self.cancel()
+        self.items.clear()
+        self.unsorted.clear()
+
+    def cancel(self) -> None:
+        """Drop the tasks that were not sent to a worker yet."""
+        jobs = [*self.jobs]
+        job = self.job
+        if job is not None:
+            jobs.append(job)
+        if jobs:
+            dropped = sum(map(self.group.cancel, jobs))
+            with self.condition:
+                self.dropped += dropped
+                self.condition.notify()
+
+    # -- the Sink
+
+    def start(self) -> bool:
+        return True
+
+    def set(self, first: int, values: Sequence[Any]) -> None:
+        self._arrive(first, values, len(values))
+
+    def fail(self, index: int, failure: Failure) -> None:
+        self._arrive(index, [_Raise(to_exception(failure))], 1)
+
+    def abandon(self, failure: Failure) -> None:
+        """The group has ended: after the results that are there comes the reason."""
+        with self.condition:
+            self.unsorted.clear()
+            self.items.append(_Raise(to_exception(failure)))
+            self.expected = self.arrived = self.total
+            self.open = False
+            self.job = None
+            self.condition.notify()
+
+    def _arrive(self, first: int, values: Sequence[Any], count: int) -> None:
+        with self.condition:
+            self.arrived += count
+            if self.arrived >= self.total and not self.open:
+                self.job = None
+            if self.closed:
+                return
+            if first != self.expected:
+                self.unsorted[first] = values
+                return
+            self.items.extend(values)
+            self.expected += count
+            while self.unsorted and self.expected in self.unsorted:
+                more = self.unsorted.pop(self.expected)
+                self.items.extend(more)
+                self.expected += len(more)
+            if type(values) is list:
+                # The group's thread still holds this list: the caller's objects must not live on in it.
+                values.clear()
+            self.condition.notify()
+
+
+class _Part:
+    """The Sink of one task of a map whose tasks are sent one by one."""
+
+    __slots__ = ("results", "index")
+
+    def __init__(self, results: _MapResults, index: int) -> None:
+        self.results = results
+        self.index = index
+
+    def start(self) -> bool:
+        return True
+
+    def set(self, first: int, values: Sequence[Any]) -> None:
+        self.results._arrive(self.index, values, 1)
+
+    def fail(self, index: int, failure: Failure) -> None:
+        self.results.fail(self.index, failure)
+
+    def abandon(self, failure: Failure) -> None:
+        self.results.abandon(failure)
+
+
+def _feed(group: Any, fn: Callable[..., Any], source: Iterator[Any], mode: int, chunksize: int,
+          results: _MapResults) -> None:
+    """Read all of a map's input in this thread; what was read is sent while the input takes its time."""
+    try:
+        stream = group.open_stream(fn, mode, results)
+    except _REFUSALS:
+        raise
+    except Exception as error:
+        raise _Unsendable(error) from None
+    read: list[Any] = []
+    sent_at = 0.0
+    try:
+        while True:
+            if chunksize == 1:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+            else:
+                item = tuple(itertools.islice(source, chunksize))
+                if not item:
+                    break
+            read.append(item)
+            now = time.monotonic()
+            if now - sent_at > FLUSH_AFTER_S:
+                results.grow(len(read))
+                stream.extend(read)
+                read = []
+                sent_at = now
+    finally:
+        # Also where the input raises: what was read before runs, as it does in the standard library.
+        results.grow(len(read))
+        stream.extend(read)
+        stream.seal()
+    results.attach(stream.job)
+
+
+def _iterate(results: _MapResults, deadline: float | None, chunked: bool,
+             read_one: Callable[[], None] | None = None) -> Iterator[Any]:
+    items = results.items
+    try:
+        while True:
+            if read_one is not None and results.open:
+                read_one()
+            if not items and not results.wait(deadline):
+                return
+            if type(items[0]) is _Raise:
+                raise items.popleft().error
+            # What is yielded is never held by a name here, so that it ends with the caller's last reference.
+            if chunked:
+                chunk = items.popleft()
+                chunk.reverse()
+                while chunk:
+                    yield chunk.pop()
+            else:
+                yield items.popleft()
+    finally:
+        results.close()
+
+
+class _Processes(Mapping):  # type: ignore[type-arg]
+    """The look-alike of the standard library's `_processes`: pid to process, of the workers that live now."""
+
+    def __init__(self) -> None:
+        self.living: Sequence[Any] = ()
+
+    def __getitem__(self, pid: int) -> Any:
+        for process in list(self.living):
+            if process.pid == pid:
+                return process
+        raise KeyError(pid)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([process.pid for process in list(self.living)])
+
+    def __len__(self) -> int:
+        return len(self.living)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class _CallQueue:
+    """The look-alike of `_call_queue`: there is no such queue, and no thread to join."""
+
+    def __init__(self) -> None:
+        self.group: Any = None
+
+    def qsize(self) -> int:
+        """Calls that were accepted and not yet sent to a worker."""
+        return int(self.group.queued) if self.group is not None else 0
+
+    def close(self) -> None:
+        pass
+
+    def join_thread(self) -> None:
+        pass
+
+
+class _ManagerThread:
+    """The look-alike of `_executor_manager_thread`: what can be waited for is the end of the group."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def join(self, timeout: float | None = None) -> None:
+        self._group.join(timeout)
+
+    def is_alive(self) -> bool:
+        return not self._group.join(0)
+
+
+def to_exception(failure: Failure) -> BaseException:
+    """What the standard library's executor would raise for this failure."""
+    error, kind = failure.exception, failure.kind
+    if kind == WORKER_DIED:
+        return _death(error, failure.traceback)
+    if kind == ABANDONED:
+        return _broken_pool(error)
+    if kind == ARGUMENT_LOST:
+        return error
+    if failure.traceback:
+        error.__cause__ = _RemoteTraceback(f'\n"""\n{failure.traceback}"""')
+    if kind in (ARGUMENT_BROKEN, RESULT_BROKEN):
+        what = "the function or an argument of this call could not be rebuilt in the worker"
+        if kind == RESULT_BROKEN:
+            what = "the result of this call could not be rebuilt here"
+        broken = BrokenProcessPool(f"{what}: {type(error).__name__}: {error}")
+        broken.__cause__ = error
+        return broken
+    return error
+
+
+def _broken_pool(why: BaseException) -> BaseException:
+    """A new exception for each call that has no outcome: each will have a traceback of its own."""
+    cause = why.__cause__
+    if isinstance(cause, WorkerDied):
+        return _death(cause)
+    if isinstance(why, GroupTerminated):
+        return BrokenProcessPool(_TERMINATED)
+    broken = BrokenProcessPool(str(why))
+    broken.__cause__ = cause
+    return broken
+
+
+def _death(error: BaseException, trace: str = "") -> BaseException:
+    assert isinstance(error, WorkerDied)
+    death = WorkerDeath(f"{_ABRUPT}: {error}", error.pid, error.exitcode, error.host, error.task, error.attempts)
+    if trace:
+        death.__cause__ = _RemoteTraceback(f'\n"""\n{trace}"""')
+    return death
+
+
+def _report() -> None:
+    """A done callback has raised what Future lets through, such as SystemExit: it must not end the group's thread."""
+    import sys
+
+    threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
+
+
+def _workers(count: Any) -> int:
+    if count is None:
+        return getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    if isinstance(count, bool) or not hasattr(count, "__index__"):
+        raise TypeError(f"max_workers must be an int or None, not {type(count).__name__}")
+    number = int(count)
+    if number <= 0:
+        raise ValueError("max_workers must be greater than 0")
+    if number > 256:
+        session.check_processes(number)
+    return number
+
+
+def _context(context: Any, max_tasks: Any) -> Any:
+    import multiprocessing
+
+    if context is None:
+        # The standard library's choice: forked workers cannot be replaced safely.
+        context = multiprocessing.get_context("spawn" if max_tasks is not None else None)
+    elif not hasattr(context, "get_start_method") or not hasattr(context, "Process"):
+        methods = ", ".join(map(repr, multiprocessing.get_all_start_methods()))
+        kind = ValueError if isinstance(context, str) else TypeError
+        raise kind(f"mp_context must be what multiprocessing.get_context(method) returns, method one of {methods}; "
+                   f"not {context!r}")
+    if max_tasks is not None:
+        if isinstance(max_tasks, bool) or not isinstance(max_tasks, int):
+            raise TypeError("max_tasks_per_child must be an integer")
+        if max_tasks <= 0:
+            raise ValueError("max_tasks_per_child must be >= 1")
+        if context.get_start_method(allow_none=False) == "fork":
+            raise ValueError("max_tasks_per_child is incompatible with the 'fork' multiprocessing start method;"
+                             " supply a different mp_context.")
+    return context
+
+
+def _close_group(group: Any, pid: int) -> None:
+    """The executor was collected: its calls still finish, then its workers end."""
+    if os.getpid() == pid:
+        group.close()
+
+
+def _finish_all() -> None:
+    """The interpreter exits: what was accepted is finished first, as in the standard library."""
+    global _exiting
+    _exiting = True
+    groups = list(_groups)
+    for group in groups:
+        group.close()
+    for group in groups:
+        group.join()
+
+
+threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
+os.register_at_fork(after_in_child=_groups.clear)
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_stdlib, name)
