@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         def claimed(self) -> dict[int, int]: ...
         def steal(self, number: int) -> int: ...
         def close_tasks(self) -> None: ...
-        def kill(self) -> None: ...
+        def kill(self, at_once: bool = True) -> None: ...
         def close(self) -> None: ...
 
 # A batch that no worker is in is given up as lost after a worker's death if it still is in none after this time.
@@ -192,7 +192,13 @@ class Group:
                 if not batch.stop:
                     return True
         function: Any = batch.function
-        packed, errors = pickling.pack(batch.items(), by_value=True)
+        try:
+            packed, errors = pickling.pack(batch.items(), by_value=True)
+        except BaseException:  # Ctrl-C
+            with self._lock:
+                if batch.number in self._dispatch.inflight:
+                    self._dispatch.unsend(batch)
+            raise
         if errors:
             self._refuse(batch, errors)
             return True
@@ -230,7 +236,7 @@ class Group:
             self.port.wake()
         return sent
 
-    def _refuse(self, batch: Batch, errors: list[tuple[int, Exception]]) -> None:
+    def _refuse(self, batch: Batch, errors: Sequence[tuple[int, BaseException]]) -> None:
         """Some items of a batch cannot be pickled: they fail, the others go back to the queue."""
         items = batch.items()
         with self._lock:
@@ -296,7 +302,7 @@ class Group:
             broken.__cause__ = cause
             if failure.traceback:
                 cause.__cause__ = RemoteError(f'\n"""\n{failure.traceback}"""')
-            self._end(broken)
+            self._end(broken, at_once=False)
             return
         values: list[Any] = []
         failed: dict[int, Failure] = {}
@@ -440,15 +446,16 @@ class Group:
 
     # -- the end
 
-    def _end(self, why: DpoolError) -> None:
-        """Nothing more will run: every task without an outcome fails with `why`, the workers are killed."""
+    def _end(self, why: DpoolError, at_once: bool = True) -> None:
+        """Nothing more will run: every task without an outcome fails with `why`, the workers are killed; not
+        `at_once` but after a moment in which they may end by themselves."""
         with self._lock:
             if self._ended is not None:
                 return
             self._ended = why
             left = self._dispatch.abandon()
             self._suspects.clear()
-        self.port.kill()
+        self.port.kill(at_once)
         failure = Failure(engine.ABANDONED, why)
         for job, tasks in left:
             abandon = getattr(job.sink, "abandon", None)

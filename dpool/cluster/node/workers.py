@@ -305,10 +305,16 @@ class Workers:
         except OSError:
             pass
 
-    def kill(self) -> None:
-        """End every worker: SIGTERM now, SIGKILL after TERMINATE_GRACE_S for those that handle it and go on."""
-        self.supervisor.closing = True
-        self.signal_all(signal.SIGTERM)
+    def kill(self, at_once: bool = True) -> None:
+        """End every worker: SIGTERM now, SIGKILL after TERMINATE_GRACE_S for those that handle it and go on.
+
+        Not `at_once`: no SIGTERM, but no more tasks either, so that most end by themselves and run their finalizers.
+        """
+        if at_once:
+            self.supervisor.closing = True
+            self.signal_all(signal.SIGTERM)
+        else:
+            self.close_tasks()
         self._kill_at = time.monotonic() + TERMINATE_GRACE_S
         self.wake()
 

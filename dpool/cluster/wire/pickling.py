@@ -133,8 +133,11 @@ def _forking_dumps(value: Any, callback: Any) -> bytes:
     return out.getvalue()
 
 
-def pack(values: Sequence[Any], by_value: bool = False) -> tuple[Packed, list[tuple[int, Exception]]]:
-    """`values` as bytes, and the (index, error) of each that cannot be pickled; those arrive as None."""
+def pack(values: Sequence[Any], by_value: bool = False) -> tuple[Packed, list[tuple[int, BaseException]]]:
+    """`values` as bytes, and the (index, error) of each that cannot be pickled; those arrive as None.
+
+    Raises nothing but KeyboardInterrupt: a value's own code may raise anything, SystemExit too.
+    """
     if len(values) == 1:
         if type(values[0]) in _ATOMS:
             return Packed(pickle.dumps([values[0]], PROTOCOL), [], True), []
@@ -142,11 +145,13 @@ def pack(values: Sequence[Any], by_value: bool = False) -> tuple[Packed, list[tu
         beside: list[memoryview] = []
         try:
             return Packed(dumps([values[0]], beside, by_value), beside, True), []
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             return Packed(_NONES, [], True), [(0, error)]
     if _plain(values):
         return Packed(pickle.dumps(values if type(values) is list else list(values), PROTOCOL), [], True), []
-    errors: list[tuple[int, Exception]] = []
+    errors: list[tuple[int, BaseException]] = []
     pickles: list[Any] = []
     counts: list[int] = []
     buffers: list[memoryview] = []
@@ -154,7 +159,9 @@ def pack(values: Sequence[Any], by_value: bool = False) -> tuple[Packed, list[tu
         before = len(buffers)
         try:
             data: Any = dumps(value, buffers, by_value)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             data = _NONE
             errors.append((index, error))
         counts.append(len(buffers) - before)
