@@ -70,6 +70,7 @@ class Group:
         self._closing = False
         self._tasks_closed = False
         self._ended: DpoolError | None = None  # why nothing more can run: GroupBroken or GroupTerminated
+        self._doom: GroupBroken | None = None  # why it will end as soon as a worker has: its initializer failed
         self._suspects: dict[int, float] = {}  # batches that may have been lost -> when to decide
         self._timer_armed = False
         self._pid = os.getpid()
@@ -302,7 +303,9 @@ class Group:
             broken.__cause__ = cause
             if failure.traceback:
                 cause.__cause__ = RemoteError(f'\n"""\n{failure.traceback}"""')
-            self._end(broken, at_once=False)
+            # Told to the sinks when that worker has ended: what it has logged is out then.
+            self._doom = broken
+            self.port.kill(at_once=False)
             return
         values: list[Any] = []
         failed: dict[int, Failure] = {}
@@ -372,7 +375,9 @@ class Group:
             failure = self._describe(death, guilty, attempts)
         if guilty is not None and failure is not None:
             guilty[0].sink.fail(guilty[1], failure)
-        if self._ended is None and not self._tasks_closed:
+        if self._doom is not None:
+            self._end(self._doom)
+        elif self._ended is None and not self._tasks_closed:
             if self.spec.break_on_death and not death.expected and failure is not None:
                 broken = GroupBroken(str(failure.exception))
                 broken.__cause__ = failure.exception
@@ -446,16 +451,15 @@ class Group:
 
     # -- the end
 
-    def _end(self, why: DpoolError, at_once: bool = True) -> None:
-        """Nothing more will run: every task without an outcome fails with `why`, the workers are killed; not
-        `at_once` but after a moment in which they may end by themselves."""
+    def _end(self, why: DpoolError) -> None:
+        """Nothing more will run: every task without an outcome fails with `why`, the workers are killed."""
         with self._lock:
             if self._ended is not None:
                 return
             self._ended = why
             left = self._dispatch.abandon()
             self._suspects.clear()
-        self.port.kill(at_once)
+        self.port.kill()
         failure = Failure(engine.ABANDONED, why)
         for job, tasks in left:
             abandon = getattr(job.sink, "abandon", None)
