@@ -1,9 +1,12 @@
 """dpool: the pools that Python programs already use, faster on one machine, and on a cluster, by changing an import.
 
-The face: names are found when they are asked for; importing dpool imports and starts nothing.
+The face: names are found when they are asked for; importing dpool imports and starts nothing. It only watches for
+joblib, which gets to know the backend "dpool" when the program imports it.
 """
 
 from __future__ import annotations
+
+from dpool.joblib import watch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,3 +42,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_names])
+
+
+watch()
+del watch

@@ -1,0 +1,133 @@
+"""Batches and their outcomes as bytes: by value what the other side cannot import, large buffers beside the pickle.
+
+Pickles and unpickles; sends nothing and keeps nothing. Used by backend.py in the program and worker.py in a worker; how
+arrays travel is told by whoever packs: see arrays.py.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import sys
+from collections import ChainMap
+from multiprocessing.reduction import ForkingPickler
+
+from dpool import session
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+# Buffers from this size on travel beside the pickle, without a copy into it. Smaller ones would cost more to handle
+# one by one than to copy.
+BESIDE_MIN_BYTES = 64 * 1024
+
+
+class Parcel:
+    """A pickle and the buffers that belong to it. Cheap to pickle again: nothing of it is looked at or copied."""
+
+    __slots__ = ("data", "buffers")
+
+    def __init__(self, data: Any, *buffers: Any) -> None:
+        self.data = data
+        self.buffers = buffers
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return Parcel, (pickle.PickleBuffer(self.data), *map(pickle.PickleBuffer, self.buffers))
+
+    def unpack(self) -> Any:
+        """The value. Raises what its unpickling raises."""
+        return pickle.loads(self.data, buffers=self.buffers)
+
+
+def pack(value: Any, reduce_array: Callable[[Any], Any] | None = None) -> Parcel:
+    """`value` as a parcel. `reduce_array` is asked how each NumPy array in it is pickled; it may say NotImplemented.
+
+    Raises what pickling raises.
+    """
+    buffers: list[Any] = []
+
+    def beside(buffer: pickle.PickleBuffer) -> bool:
+        view = buffer.raw()
+        if view.nbytes < BESIDE_MIN_BYTES:
+            return True
+        buffers.append(view)
+        return False
+
+    out = io.BytesIO()
+    pickler = _pickler()(out, protocol=5, buffer_callback=beside)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and reduce_array is not None:
+        pickler.arrays = (numpy.ndarray, numpy.memmap)
+        pickler.reduce_array = reduce_array
+    pickler.dump(value)
+    return Parcel(out.getbuffer(), *buffers)
+
+
+_class: Any = None
+
+
+def _pickler() -> Any:
+    global _class
+    if _class is not None:
+        return _class
+    base = session.by_value_pickler()
+
+    class Pickler(base):  # type: ignore[misc]
+        """cloudpickle's, with the reductions that programs have registered with multiprocessing, and ours of arrays."""
+
+        dispatch_table = ChainMap(*base.dispatch_table.maps,
+                                  ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
+        arrays: tuple[type, ...] = ()
+
+        def reducer_override(self, obj: Any) -> Any:
+            if type(obj) in self.arrays:
+                reduced = self.reduce_array(obj)
+                if reduced is not NotImplemented:
+                    return reduced
+            return super().reducer_override(obj)
+
+    _class = Pickler
+    return Pickler
+
+
+def culprit(value: Any, name: str, depth: int = 6) -> str:
+    """The path to the innermost part of `value` that cannot be pickled, as `name.attribute[0]: type`."""
+    while depth:
+        depth -= 1
+        for suffix, part in _parts(value):
+            if _is_bad(part):
+                name += suffix
+                value = part
+                break
+        else:
+            break
+    kind = type(value)
+    return f"{name}: {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")
+
+
+def _is_bad(part: Any) -> bool:
+    try:
+        pack(part)
+    except Exception:
+        return True
+    return False
+
+
+# Of a container that holds more, only so many items are searched for a culprit.
+_SEARCHED_ITEMS = 1000
+
+
+def _parts(whole: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(whole, dict):
+        return [(f"[{key!r}]", item) for key, item in list(whole.items())[:_SEARCHED_ITEMS]]
+    if isinstance(whole, (list, tuple, set, frozenset)):
+        return [(f"[{i}]", item) for i, item in enumerate(list(whole)[:_SEARCHED_ITEMS])]
+    if getattr(whole, "__closure__", None):
+        names = whole.__code__.co_freevars
+        return [(f".{name}", cell.cell_contents) for name, cell in zip(names, whole.__closure__, strict=True)]
+    attributes = getattr(whole, "__dict__", None)
+    if isinstance(attributes, dict):
+        return [(f".{key}", item) for key, item in list(attributes.items())[:_SEARCHED_ITEMS]]
+    return []
