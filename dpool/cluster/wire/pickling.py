@@ -31,6 +31,8 @@ _ATOMS = frozenset((int, float, complex, bool, str, type(None)))
 MAX_LIFTED = 16
 _LIFTED = frozenset((bytes, bytearray, tuple, list))
 
+_CONNECTION = b"multiprocessing.connection"
+
 _plain_reducers = len(ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
 
 
@@ -106,7 +108,12 @@ def dumps(value: Any, buffers: list[memoryview] | None = None, by_value: bool = 
     try:
         if len(extra) == _plain_reducers:
             # Most values; nobody has registered reductions of their own with multiprocessing.
-            return pickle.dumps(_lift(value), PROTOCOL, buffer_callback=callback)
+            data = pickle.dumps(_lift(value), PROTOCOL, buffer_callback=callback)
+            if _CONNECTION not in data:
+                return data
+            # Plain pickle has written down the number of a descriptor, which means nothing elsewhere.
+            if buffers is not None:
+                del buffers[start:]
         return _forking_dumps(value, callback)
     except Exception as first:
         if buffers is not None:
