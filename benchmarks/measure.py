@@ -5,7 +5,9 @@ It never repeats or compares. Started by runner.py: python -m benchmarks.measure
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import sys
 import traceback
 
@@ -15,6 +17,8 @@ import traceback
 def main() -> int:
     name, target, file = sys.argv[1:4]
     quick = "quick" in sys.argv[4:]
+    # The runner asks with it where this process hangs, before it ends it. Forked workers answer, too.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     from benchmarks.registry import load_cases
     from benchmarks.targets import CannotDo, NotHere
 

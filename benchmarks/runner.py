@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Peers are there for the picture, and some are a hundred times slower: they need not run as often.
 PEER_ROUNDS = 3
 OWN_TARGETS = ("dpool", "stdlib")
+# How long a process that is too slow has for saying where it is, and how much of it is kept.
+ANSWER_S = 0.5
+SAID_CHARACTERS = 8000
 
 
 @dataclass(slots=True)
@@ -41,12 +44,14 @@ class Outcome:
     state: str = "ok"
     why: str = ""
     failures: int = 0
+    # The end of what the last process that gave no figure printed: its traceback, or where it hung.
+    said: str = ""
 
-    def note(self, number: int, state: str, sample: Sample | None, why: str) -> None:
+    def note(self, number: int, state: str, sample: Sample | None, why: str, said: str) -> None:
         if sample is not None:
             self.samples[number] = sample
         else:
-            self.state, self.why = state, why
+            self.state, self.why, self.said = state, why, said
             self.failures += state in ("failed", "too slow")
 
     @property
@@ -63,8 +68,15 @@ class CaseResult:
     outcomes: list[Outcome]
 
 
-def run_once(case: Case, target: str, quick: bool) -> tuple[str, Sample | None, str]:
-    """Run one case for one target in a fresh process: (state, sample, why not)."""
+def without_paths(text: str) -> str:
+    """Tracebacks without where this checkout and this Python lie: a result may be published."""
+    for folder, name in ((str(ROOT) + "/", ""), (sys.prefix, "(venv)"), (sys.base_prefix, "(python)")):
+        text = text.replace(folder, name)
+    return text
+
+
+def run_once(case: Case, target: str, quick: bool) -> tuple[str, Sample | None, str, str]:
+    """Run one case for one target in a fresh process: (state, sample, why not, the last it printed)."""
     with tempfile.TemporaryDirectory() as folder:
         result, said = Path(folder, "result"), Path(folder, "said")
         command = [sys.executable, "-m", "benchmarks.measure", case.name, target, str(result)]
@@ -83,6 +95,8 @@ def run_once(case: Case, target: str, quick: bool) -> tuple[str, Sample | None, 
                 process.wait(case.limit_s)
             except subprocess.TimeoutExpired:
                 late = True
+                os.killpg(process.pid, signal.SIGUSR1)
+                time.sleep(ANSWER_S)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             finally:
@@ -90,18 +104,19 @@ def run_once(case: Case, target: str, quick: bool) -> tuple[str, Sample | None, 
                     process.kill()
                     process.wait()
                 end_descendants()
+        printed = without_paths(said.read_text(errors="replace").strip())[-SAID_CHARACTERS:]
         if result.exists():
             try:
                 outcome = json.loads(result.read_text())
             except ValueError:
                 outcome = {"state": "failed", "why": "its result is not whole"}
             if outcome["state"] == "ok" and late:
-                return "failed", None, f"measured, then did not exit within {case.limit_s:.0f} s"
-            return outcome["state"], outcome.get("sample"), outcome.get("why", "")
+                return "failed", None, f"measured, then did not exit within {case.limit_s:.0f} s", printed
+            return outcome["state"], outcome.get("sample"), outcome.get("why", ""), printed
         if late:
-            return "too slow", None, f"not done within {case.limit_s:.0f} s"
-        last = said.read_text(errors="replace").strip().splitlines()[-1:]
-        return "failed", None, f"exit code {process.returncode}" + (f": {last[0][:200]}" if last else "")
+            return "too slow", None, f"not done within {case.limit_s:.0f} s", printed
+        last = printed.splitlines()[-1:]
+        return "failed", None, f"exit code {process.returncode}" + (f": {last[0][:200]}" if last else ""), printed
 
 
 def run_case(case: Case, targets: list[str], rounds: int, quick: bool) -> CaseResult:

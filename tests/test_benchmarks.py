@@ -80,7 +80,7 @@ def test_the_picture_is_well_formed_and_shows_dpool() -> None:
 
 
 def test_a_target_that_cannot_even_start_is_reported_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {"dpool": ("failed", None, "exit code -9"), "stdlib": ("ok", {"s": 1.0}, "")}
+    said = {"dpool": ("failed", None, "exit code -9", "Killed"), "stdlib": ("ok", {"s": 1.0}, "", "")}
     monkeypatch.setattr(runner, "run_once", lambda case, target, quick: said[target])
     result = runner.run_case(a_case(Bar("s", 1.0)), ["dpool", "stdlib"], rounds=3, quick=True)
     assert [(o.target, len(o.samples), o.failures) for o in result.outcomes] == [("dpool", 0, 3), ("stdlib", 3, 0)]
@@ -90,9 +90,9 @@ def test_a_target_that_cannot_even_start_is_reported_and_the_others_go_on(monkey
 def test_a_target_that_hangs_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def run_once(case: Case, target: str, quick: bool) -> tuple[str, None, str]:
+    def run_once(case: Case, target: str, quick: bool) -> tuple[str, None, str, str]:
         asked.append(target)
-        return "too slow", None, "not done within 1 s"
+        return "too slow", None, "not done within 1 s", ""
 
     monkeypatch.setattr(runner, "run_once", run_once)
     runner.run_case(a_case(), ["dpool", "stdlib"], rounds=5, quick=True)
