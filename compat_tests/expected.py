@@ -25,8 +25,8 @@ class Difference:
 
 
 _FOUND_AT_ONCE = (
-    "white-box: its semaphore cannot be pickled. The stdlib has started a worker for each call before it finds out; dpool "
-    "finds out first, and starts none"
+    "white-box: its semaphore cannot be pickled. The stdlib has started a worker for each call before it finds out; "
+    "dpool finds out first, and starts none"
 )
 
 DIFFERENCES: tuple[Difference, ...] = (
