@@ -124,6 +124,11 @@ class WorkerGroup(Protocol):
         """Drop what is queued of `job` and was not yet sent; returns how many tasks that was."""
         ...
 
+    def stop(self, job: Any) -> int:
+        """cancel(), and end the workers that run tasks of `job` now or come to run one; they are replaced. What ran
+        fails with WORKER_DIED, what was sent and not begun is not reported."""
+        ...
+
     def close(self) -> None:
         """Take no more tasks; the accepted ones still finish, then the workers end. Does not block."""
         ...

@@ -31,7 +31,7 @@ class Job:
     """The tasks of one call of a door: one function, one mode, one sink. Task i is items[i*chunk : (i+1)*chunk]."""
 
     __slots__ = ("function", "timing", "mode", "items", "chunk", "sink", "asks_start", "next", "returned", "queued",
-                 "open", "unsettled", "attempts", "__weakref__")
+                 "open", "unsettled", "attempts", "stopped", "__weakref__")
 
     def __init__(self, function: Any, timing: Timing, mode: int, items: Sequence[Any], sink: Sink, chunk: int = 1,
                  asks_start: bool = False, open: bool = False) -> None:
@@ -48,6 +48,7 @@ class Job:
         self.open = open  # more items may come
         self.unsettled = -(-len(items) // chunk)  # tasks without an outcome
         self.attempts: dict[int, int] | None = None  # deaths of workers by task
+        self.stopped = False  # its running tasks are to be ended; what comes back unbegun is dropped
 
     def item(self, task: int) -> Any:
         """What travels as task `task`: an item, or a tuple of `chunk` of them."""
@@ -100,6 +101,7 @@ class Dispatch:
         self.queued = 0  # tasks in the queue
         self.inflight: dict[int, Batch] = {}
         self.streams: dict[Job, None] = {}  # open jobs: more items may come
+        self.stopping = False  # tasks of stopped jobs may be in flight
         self._number = 0
 
     # -- what comes in from the door
@@ -139,6 +141,19 @@ class Dispatch:
         job.returned = None
         job.next = -(-len(job.items) // job.chunk)
         return dropped
+
+    def stop(self, job: Job) -> int:
+        """cancel(), and have what was sent of the job ended: see to_stop()."""
+        dropped = self.cancel(job)
+        job.stopped = self.stopping = True
+        return dropped
+
+    def to_stop(self) -> list[tuple[int, int]]:
+        """(batch, index) of each task in flight whose job is stopped."""
+        found = [(batch.number, index) for batch in self.inflight.values()
+                 for index in range(batch.reported, batch.stop) if batch.task(index)[0].stopped]
+        self.stopping = bool(found)
+        return found
 
     # -- what goes out
 
@@ -238,9 +253,10 @@ class Dispatch:
             batch.timing.estimate_ns = blend(batch.timing.estimate_ns, run_ns // executed)
         self._take_back(batch, batch.reported)
 
-    def died(self, number: int, running: int) -> tuple[Job, int] | None:
+    def died(self, number: int, running: int, ended: bool = False) -> tuple[Job, int] | None:
         """The worker of batch `number` died in its task `running`. What it had not reported is queued again, but for
-        that task itself: it is returned, unless it may be retried."""
+        that task itself: it is returned, unless it may be retried, or the driver has `ended` the worker to stop another
+        one, which it had just left."""
         batch = self.inflight.pop(number, None)
         if batch is None:
             return None
@@ -250,9 +266,11 @@ class Dispatch:
             return None
         guilty, task = batch.task(running)
         attempts = guilty.attempts = guilty.attempts or {}
-        attempts[task] = attempts.get(task, 0) + 1
+        spared = ended and not guilty.stopped
+        if not spared:
+            attempts[task] = attempts.get(task, 0) + 1
         self._take_back(batch, running + 1)
-        retried = attempts[task] <= self.retries
+        retried = spared or (attempts[task] <= self.retries and not guilty.stopped)
         if retried:
             self._requeue(guilty, task, task + 1)
         batch.stop = running
@@ -371,6 +389,9 @@ class Dispatch:
                 self._requeue(job, 0, 1)
 
     def _requeue(self, job: Job, first: int, stop: int) -> None:
+        if job.stopped:
+            self._settle(job, stop - first)
+            return
         if len(job.items) == 1 and not job.open:
             job.next = 0  # as if it had never left, so that it may travel with others again
         else:

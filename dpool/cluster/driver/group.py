@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         def poll(self, timeout: float | None) -> Sequence[tuple[int, Any, list[int]]]: ...
         def claimed(self) -> dict[int, int]: ...
         def steal(self, number: int) -> int: ...
+        def stop(self, tasks: list[tuple[int, int]]) -> set[int]: ...
         def close_tasks(self) -> None: ...
         def kill(self, at_once: bool = True) -> None: ...
         def close(self) -> None: ...
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
 # A batch that no worker is in is given up as lost after a worker's death if it still is in none after this time.
 # Longer than a worker needs from taking a message off the socket to saying so.
 LOST_AFTER_S = 0.1
+
+# A task that is to be stopped may stand in a worker's socket, and no worker says when it begins it: this often that is
+# looked at. Longer: it runs longer. Shorter: the driver wakes more often meanwhile.
+STOP_RECHECK_S = 0.01
 
 _names = itertools.count(1)
 
@@ -73,6 +78,7 @@ class Group:
         self._doom: GroupBroken | None = None  # why it will end as soon as a worker has: its initializer failed
         self._suspects: dict[int, float] = {}  # batches that may have been lost -> when to decide
         self._timer_armed = False
+        self._stopped: set[int] = set()  # slots whose workers were ended to stop a task, until they are dead
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name=f"dpool-{next(_names)}", daemon=True)
         self._thread.start()
@@ -107,6 +113,13 @@ class Group:
         """Drop the tasks of `job` that were not sent yet; returns how many that was. Their sink is not told."""
         with self._lock:
             dropped = self._dispatch.cancel(job)
+        self.port.wake()
+        return dropped
+
+    def stop(self, job: Job) -> int:
+        """cancel(), and end the workers that run tasks of `job`; they are replaced. Does not block."""
+        with self._lock:
+            dropped = self._dispatch.stop(job)
         self.port.wake()
         return dropped
 
@@ -261,6 +274,9 @@ class Group:
                 if self._suspects:
                     first = min(self._suspects.values())
                     deadline = first if deadline is None else min(deadline, first)
+                if dispatch.stopping:
+                    recheck = time.monotonic() + STOP_RECHECK_S
+                    deadline = recheck if deadline is None else min(deadline, recheck)
                 self._timer_armed = deadline is not None
             timeout = None if deadline is None else max(deadline - time.monotonic(), 0.001)
             for kind, what, descriptors in port.poll(timeout):
@@ -268,6 +284,8 @@ class Group:
                     self._on_results(what, descriptors)
                 else:
                     self._on_death(what)
+            if dispatch.stopping:
+                self._stop_running()
             if deadline is not None:
                 self._on_timer(time.monotonic())
             self._pump()
@@ -359,8 +377,10 @@ class Group:
 
     def _on_death(self, death: Any) -> None:
         """A worker has ended: settle what it ran, start its replacement."""
+        stopped = death.slot in self._stopped
+        self._stopped.discard(death.slot)
         with self._lock:
-            guilty = self._dispatch.died(death.batch, death.task) if death.batch else None
+            guilty = self._dispatch.died(death.batch, death.task, stopped) if death.batch else None
             attempts = (guilty[0].attempts or {}).get(guilty[1], 1) if guilty is not None else 1
             self._dispatch.workers = self.port.count
             if not death.expected:
@@ -378,7 +398,7 @@ class Group:
         if self._doom is not None:
             self._end(self._doom)
         elif self._ended is None and not self._tasks_closed:
-            if self.spec.break_on_death and not death.expected and failure is not None:
+            if self.spec.break_on_death and not (death.expected or stopped) and failure is not None:
                 broken = GroupBroken(str(failure.exception))
                 broken.__cause__ = failure.exception
                 self._end(broken)
@@ -412,6 +432,12 @@ class Group:
         error = WorkerDied(text, death.pid, death.exitcode, socket.gethostname(),
                            guilty[1] if guilty is not None else None, attempts)
         return Failure(engine.WORKER_DIED, error, death.trace)
+
+    def _stop_running(self) -> None:
+        with self._lock:
+            tasks = self._dispatch.to_stop()
+        if tasks:
+            self._stopped |= self.port.stop(tasks)
 
     def _on_timer(self, now: float) -> None:
         with self._lock:

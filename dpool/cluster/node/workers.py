@@ -337,6 +337,17 @@ class Workers:
             count += 1
         return count if self.page[slot * SLOT_WORDS + BATCH] == number else 0
 
+    def stop(self, tasks: list[tuple[int, int]]) -> set[int]:
+        """Kill the workers that are in one of `tasks`, each (batch, index); returns their slots."""
+        claimed = self.claimed()
+        slots = {claimed[batch] for batch, index in tasks
+                 if batch in claimed and self.page[claimed[batch] * SLOT_WORDS + TASK] == index}
+        with self._lock:
+            for pidfd, slot in self._pidfds.items():
+                if slot in slots:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        return slots
+
     # -- the end
 
     def after_fork(self) -> None:

@@ -49,6 +49,9 @@ def worker_main(setup: Setup) -> None:
         worker.run()
     except KeyboardInterrupt:
         pass  # sent to this process alone, between tasks: it ends, quietly
+    finally:
+        worker.tasks.close()
+        worker.results.close()
 
 
 def _let_children_be() -> None:
