@@ -345,7 +345,10 @@ class Workers:
         with self._lock:
             for pidfd, slot in self._pidfds.items():
                 if slot in slots:
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    try:
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass  # it has ended already
         return slots
 
     # -- the end
