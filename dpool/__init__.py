@@ -12,6 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from dpool.concurrent.futures.process import ProcessPoolExecutor as ProcessPoolExecutor
     from dpool.multiprocessing.pool import Pool as Pool
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _names = {
     "Pool": "dpool.multiprocessing.pool",
+    "ProcessPoolExecutor": "dpool.concurrent.futures.process",
     "DpoolError": "dpool.errors",
     "WorkerDied": "dpool.errors",
     "GroupBroken": "dpool.errors",
