@@ -171,8 +171,10 @@ class Group:
             if self._closing:
                 raise GroupClosed("this pool is closed: it takes no more tasks")
             self._dispatch.add(job)
-            # The common case, in the same breath: a worker has room.
-            batch = self._dispatch.next_batch(time.monotonic()) if self._dispatch.has_credit else None
+            dispatch = self._dispatch
+            # The common case, in the same breath: a worker has room, and no more of them need be started.
+            here = dispatch.has_credit and (not self.spec.on_demand or dispatch.workers >= self.spec.processes)
+            batch = dispatch.next_batch(time.monotonic()) if here else None
         if batch is None or self._send(batch):
             self._pump()
 
