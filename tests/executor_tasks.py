@@ -6,12 +6,15 @@ It imports neither pytest nor dpool, so that spawned workers start fast. Used by
 from __future__ import annotations
 
 import asyncio
+import gc
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +45,20 @@ class Gate:
         """A test that has failed must not leave its task at the gate: this never waits."""
         for path in (self.started, self.opened):
             os.close(os.open(path, os.O_RDWR))
+
+
+@contextmanager
+def nothing_left(patience_s: float = 60.0) -> Iterator[None]:
+    """No worker and no thread of a group that is started inside outlives this."""
+    gc.collect()
+    processes, threads = set(multiprocessing.active_children()), set(threading.enumerate())
+    yield
+    gc.collect()
+    for thread in set(threading.enumerate()) - threads:
+        if thread.name.startswith("dpool"):
+            thread.join(patience_s)
+            assert not thread.is_alive(), "a group goes on"
+    assert set(multiprocessing.active_children()) <= processes, "workers are left"
 
 
 def hold(started: str, opened: str, value: Any = None) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 import inspect
 import itertools
 import multiprocessing
@@ -43,14 +44,8 @@ def context(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(autouse=True)
 def leaves_nothing() -> Iterator[None]:
     """No worker and no thread of a group outlives its test."""
-    before = set(multiprocessing.active_children())
-    yield
-    gc.collect()
-    for thread in threading.enumerate():
-        if thread.name.startswith("dpool"):
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive(), "a group goes on"
-    assert set(multiprocessing.active_children()) <= before
+    with tasks.nothing_left(PATIENCE_S):
+        yield
 
 
 def executor_of(workers: int, **options: Any) -> ProcessPoolExecutor:
@@ -69,10 +64,10 @@ def test_is_a_process_pool_executor_for_isinstance() -> None:
 def test_other_names_are_the_standard_librarys_own() -> None:
     for name in stdlib.__all__:
         assert (getattr(futures, name) is getattr(stdlib, name)) == (name != "ProcessPoolExecutor")
-    from dpool.concurrent.futures import process, thread  # type: ignore[attr-defined]
-
+    process: Any = importlib.import_module("dpool.concurrent.futures.process")
+    thread: Any = importlib.import_module("dpool.concurrent.futures.thread")
     assert process.BrokenProcessPool is stdlib_process.BrokenProcessPool
-    assert process.EXTRA_QUEUED_CALLS is stdlib_process.EXTRA_QUEUED_CALLS  # type: ignore[attr-defined]
+    assert process.EXTRA_QUEUED_CALLS is stdlib_process.EXTRA_QUEUED_CALLS
     assert thread.ThreadPoolExecutor is stdlib.ThreadPoolExecutor
     assert set(stdlib.__all__) <= set(dir(futures))
 
@@ -95,7 +90,8 @@ def test_signature_is_the_running_pythons_and_keyword_options_more(name: str) ->
 
 
 def test_importing_the_package_loads_no_executor() -> None:
-    program = "import sys, dpool.concurrent.futures; print('concurrent.futures' in sys.modules, 'logging' in sys.modules)"
+    program = ("import sys, dpool.concurrent.futures\n"
+               "print('concurrent.futures' in sys.modules, 'logging' in sys.modules)")
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False False\n"
 
 
@@ -104,7 +100,8 @@ def test_lookalikes_are_there_and_true(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(1, context) as executor, gate:
         assert executor._max_workers == 1 and executor._mp_context is context
-        assert executor._executor_manager_thread is None and len(executor._processes) == 0
+        manager: Any = executor._executor_manager_thread
+        assert manager is None and len(executor._processes) == 0
         assert executor._broken is False and executor._queue_count == 0
         processes = executor._processes
         held = executor.submit(tasks.hold, gate.started, gate.opened)
@@ -113,7 +110,8 @@ def test_lookalikes_are_there_and_true(tmp_path: Path) -> None:
         others = [executor.submit(tasks.double, i) for i in range(5)]
         assert [item.future for item in executor._pending_work_items.values()] == [held, *others]
         assert executor._pending_work_items[1].fn is tasks.double and executor._pending_work_items[1].args == (0,)
-        assert executor._queue_count == 6 and executor._executor_manager_thread.is_alive()
+        manager = executor._executor_manager_thread
+        assert executor._queue_count == 6 and manager.is_alive()
         assert executor._call_queue.qsize() > 0
         gate.open()
         wait([held, *others], PATIENCE_S)
@@ -160,7 +158,7 @@ def test_exception_arrives_with_the_remote_traceback(context: Any) -> None:
     with ProcessPoolExecutor(1, context) as executor:
         error = executor.submit(tasks.raise_error, KeyError, 1, 2).exception(PATIENCE_S)
     assert type(error) is KeyError and error.args == (1, 2)
-    assert type(error.__cause__) is stdlib_process._RemoteTraceback  # type: ignore[attr-defined]
+    assert type(error.__cause__) is stdlib_process._RemoteTraceback
     assert "raise kind(*args)  # the source line" in str(error.__cause__)
 
 
@@ -241,7 +239,8 @@ def test_map_keeps_neither_arguments_nor_results() -> None:
 @pytest.mark.parametrize("chunksize", [1, 3, 10, 50])
 @pytest.mark.parametrize("buffersize", [None, 1, 4, 100])
 def test_map_keeps_the_order(chunksize: int, buffersize: int | None) -> None:
-    kinds: list[Callable[[int], Any]] = [range, lambda n: list(range(n)), lambda n: iter(range(n)), lambda n: set(range(n))]
+    kinds: list[Callable[[int], Any]] = [range, lambda n: list(range(n)), lambda n: iter(range(n)),
+                                         lambda n: set(range(n))]
     with executor_of(2) as executor:
         for kind in kinds:
             results = executor.map(tasks.double, kind(20), chunksize=chunksize, buffersize=buffersize)
@@ -270,7 +269,7 @@ def test_map_raises_at_the_item_that_failed_and_ends() -> None:
         assert [next(results), next(results)] == [0, 1]
         with pytest.raises(ValueError) as caught:
             next(results)
-        assert type(caught.value.__cause__) is stdlib_process._RemoteTraceback  # type: ignore[attr-defined]
+        assert type(caught.value.__cause__) is stdlib_process._RemoteTraceback
         assert list(results) == []
         # A chunk fails as a whole.
         results = executor.map(tasks.fail_at, range(6), [4] * 6, chunksize=3)
@@ -433,7 +432,7 @@ def test_executors_nest() -> None:
 
 
 def test_in_an_event_loop() -> None:
-    async def main() -> list[int]:
+    async def main() -> Any:
         loop = asyncio.get_running_loop()
         with executor_of(2) as executor:
             return await asyncio.gather(*(loop.run_in_executor(executor, tasks.double, i) for i in range(50)))
@@ -545,7 +544,7 @@ def test_stopping_the_workers_fails_what_runs_and_cancels_the_rest(tmp_path: Pat
 
 def run(program: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *options, "-c", program], capture_output=True, text=True,
-                          timeout=PATIENCE_S, cwd=Path(__file__).parent, env=_environment())
+                          timeout=PATIENCE_S, cwd=Path(__file__).parent, env=_environment(), start_new_session=True)
 
 
 def _environment() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Worker processes for asyncio: a Pool whose methods are awaited, to_process() beside asyncio.to_thread(), an adapter.
 
-Imports nothing until a name is asked for, so that workers may load parts of this package. docs/asyncio.md shows its use.
+Imports nothing until a name is asked for, so that workers may load parts of this package. See docs/asyncio.md.
 """
 
 from __future__ import annotations

@@ -497,8 +497,8 @@ def to_exception(failure: Failure) -> BaseException:
     if failure.traceback:
         from concurrent.futures import process
 
-        error.__cause__ = process._RemoteTraceback(  # type: ignore[attr-defined]
-            f'\n"""\n{failure.traceback}"""')
+        kind: Any = process._RemoteTraceback
+        error.__cause__ = kind(f'\n"""\n{failure.traceback}"""')
     if isinstance(error, StopIteration):
         # A future refuses it, since it would end the coroutine that awaits it.
         instead = RuntimeError(f"the call raised {error!r}")

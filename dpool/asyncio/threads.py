@@ -24,7 +24,7 @@ _WAITING_MODULES = frozenset(("socket", "_socket", "io", "_io", "os", "posix"))
 class DefaultExecutor(ThreadPoolExecutor):
     """Runs the calls of `loop.run_in_executor(None, ...)` on `executor`, say a dpool ProcessPoolExecutor.
 
-    What belongs to this process stays in threads of it: asyncio's own calls (name look-ups, files), asyncio.to_thread(),
+    What belongs to this process stays in its threads: asyncio's own calls (name look-ups, files), asyncio.to_thread(),
     functions of `os`, `io` and `socket`, and methods of built-in objects such as files and locks. `max_workers`,
     `thread_name_prefix`, `initializer` and `initargs` are those of the threads. shutdown() shuts both down.
     """

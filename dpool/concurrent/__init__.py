@@ -1,1 +1,1 @@
-"""The package of dpool.concurrent.futures, as the standard library's `concurrent` is that of its own. Holds nothing else."""
+"""The package of dpool.concurrent.futures, as `concurrent` is that of the standard library's. Holds nothing else."""

@@ -1,4 +1,4 @@
-"""`concurrent.futures` with dpool's ProcessPoolExecutor. Every other name is the standard library's own, handed through.
+"""`concurrent.futures` with dpool's ProcessPoolExecutor. All other names are the standard library's, handed through.
 
 Imports nothing until a name is asked for: workers load this package to get at their initializer.
 """
@@ -7,7 +7,18 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from concurrent.futures import *  # noqa: F403
+    from concurrent.futures import ALL_COMPLETED as ALL_COMPLETED
+    from concurrent.futures import FIRST_COMPLETED as FIRST_COMPLETED
+    from concurrent.futures import FIRST_EXCEPTION as FIRST_EXCEPTION
+    from concurrent.futures import BrokenExecutor as BrokenExecutor
+    from concurrent.futures import CancelledError as CancelledError
+    from concurrent.futures import Executor as Executor
+    from concurrent.futures import Future as Future
+    from concurrent.futures import InvalidStateError as InvalidStateError
+    from concurrent.futures import ThreadPoolExecutor as ThreadPoolExecutor
+    from concurrent.futures import TimeoutError as TimeoutError
+    from concurrent.futures import as_completed as as_completed
+    from concurrent.futures import wait as wait
     from typing import Any
 
     from dpool.concurrent.futures.process import ProcessPoolExecutor as ProcessPoolExecutor
@@ -15,7 +26,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name == "ProcessPoolExecutor":
-        from dpool.concurrent.futures.process import ProcessPoolExecutor as value
+        import dpool.concurrent.futures.process as mine
+
+        value: Any = mine.ProcessPoolExecutor
     else:
         import concurrent.futures
 

@@ -1,4 +1,4 @@
-"""`concurrent.futures.process` with dpool's ProcessPoolExecutor: the standard library's promises, over one worker group.
+"""`concurrent.futures.process` with dpool's ProcessPoolExecutor: the standard library's promises over a worker group.
 
 Translates between the two and decides nothing about where tasks run. Future, wait(), as_completed() and the exceptions
 are the standard library's own.
@@ -48,7 +48,7 @@ FLUSH_AFTER_S = 0.0005
 _TERMINATED = "the workers of this executor were stopped before this call had a result"
 _ABRUPT = "A process in the process pool was terminated abruptly while the future was running or pending"
 
-_RemoteTraceback = _stdlib._RemoteTraceback  # type: ignore[attr-defined]
+_RemoteTraceback: Any = _stdlib._RemoteTraceback
 
 # The groups of this process's executors that may still have work: the interpreter's exit waits for them.
 _groups: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -75,11 +75,11 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
                  max_tasks_per_child: int | None = None, on_worker_death: str = "break", retries: int = 0) -> None:
         self._group: Any = None  # opened by the first call
         self._max_workers = _workers(max_workers)
-        self._mp_context = _context(mp_context, max_tasks_per_child)
+        self._mp_context: Any = _context(mp_context, max_tasks_per_child)
         self._safe_to_dynamically_spawn_children = self._mp_context.get_start_method(allow_none=False) != "fork"
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        self._initializer = initializer
+        self._initializer: Any = initializer
         self._initargs = tuple(initargs)
         self._max_tasks_per_child = max_tasks_per_child
         if on_worker_death not in ("break", "fail"):
@@ -107,13 +107,13 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
         self._result_queue: Any = None
 
     @property
-    def _broken(self) -> Any:
+    def _broken(self) -> Any:  # type: ignore[override]
         """Why the executor is broken, a text; False if it is not."""
         why = None if self._group is None else self._group.ended
         return str(_broken_pool(why)) if why is not None else False
 
     @property
-    def _queue_count(self) -> int:
+    def _queue_count(self) -> int:  # type: ignore[override]
         return int(repr(self._numbers)[6:-1])  # what itertools.count would give next
 
     # -- calls
@@ -162,7 +162,7 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
         if group is None or self._shutdown_thread or _exiting:
             group = self._open()
         single = len(iterables) == 1
-        source: Any = iterables[0] if single else zip(*iterables)
+        source: Any = iterables[0] if single else zip(*iterables, strict=False)
         if chunksize == 1:
             mode = MAP if single else STAR
         else:
