@@ -69,8 +69,9 @@ def hold(started: str, opened: str, value: Any = None) -> Any:
     return value
 
 
-async def hold_async(started: str, opened: str, value: Any = None) -> Any:
-    return await asyncio.to_thread(hold, started, opened, value)
+def hold_and_call(started: str, opened: str, function: Callable[..., Any], *args: Any) -> Any:
+    hold(started, opened)
+    return function(*args)
 
 
 def mark(path: str, value: Any = None) -> Any:

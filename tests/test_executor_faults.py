@@ -54,12 +54,14 @@ DEATHS: list[tuple[Callable[..., Any], tuple[Any, ...], int, str]] = [
 @pytest.mark.parametrize("death", DEATHS, ids=lambda death: str(death[3]))
 def test_a_death_breaks_the_executor_and_says_how_it_happened(context: Any, death: Any, tmp_path: Path) -> None:
     function, arguments, exitcode, text = death
-    gate = Gate(tmp_path)
-    with ProcessPoolExecutor(2, context) as executor, gate:
+    gate, other = Gate(tmp_path), Gate(tmp_path, "other")
+    with ProcessPoolExecutor(2, context) as executor, gate, other:
         held = executor.submit(tasks.hold, gate.started, gate.opened)
         gate.wait()
-        guilty = executor.submit(function, *arguments)
+        guilty = executor.submit(tasks.hold_and_call, other.started, other.opened, function, *arguments)
         queued = [executor.submit(tasks.hold, gate.started, gate.opened) for _ in range(10)]
+        other.wait()
+        other.open()
         error = guilty.exception(PATIENCE_S)
         assert isinstance(error, BrokenProcessPool) and isinstance(error, WorkerDied)
         assert error.exitcode == exitcode and error.pid and text in str(error) and "terminated abruptly" in str(error)
@@ -207,7 +209,10 @@ def test_a_failing_initializer_is_logged_as_in_the_standard_library() -> None:
 from dpool.concurrent.futures import ProcessPoolExecutor
 import executor_tasks
 with ProcessPoolExecutor(1, initializer=executor_tasks.fail_to_initialize) as executor:
-    print(type(executor.submit(abs, 1).exception()).__name__)
+    try:
+        executor.submit(abs, 1).result()
+    except Exception as error:
+        print(type(error).__name__)
 """)
     assert done.stdout == "BrokenProcessPool\n"
     assert done.stderr.startswith("Exception in initializer:\nTraceback") and "no initializer today" in done.stderr
@@ -326,6 +331,22 @@ def test_an_executor_of_its_own_works_in_a_forked_child() -> None:
         process.start()
         process.join(PATIENCE_S)
         assert process.exitcode == 0
+
+
+def test_an_executor_left_open_does_not_hang_its_process(context: Any) -> None:
+    process = context.Process(target=_leave_an_executor)
+    process.start()
+    process.join(PATIENCE_S)
+    assert process.exitcode == 0
+
+
+def _leave_an_executor() -> None:
+    global _left
+    _left = executor_of(2)
+    _left.submit(tasks.double, 1)
+
+
+_left: ProcessPoolExecutor | None = None
 
 
 def _use_an_executor() -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from multiprocessing import util
 
 from dpool import session
 from dpool.asyncio.mailbox import Mailbox, mailbox_of
@@ -36,6 +37,7 @@ TERMINATE_TIMEOUT_S = 5.0
 
 # The groups of this process's pools: the interpreter's exit ends them.
 _groups: weakref.WeakSet[Any] = weakref.WeakSet()
+_hooked = 0  # the process that has multiprocessing call _end_all()
 
 
 class Pool:
@@ -190,7 +192,7 @@ class Pool:
         if group is None or self._state != "open":
             self._check()
             group = self._group = session.current().open_group(self._spec)
-            _groups.add(group)
+            _end_at_exit(group)
             weakref.finalize(self, _close_group, group, self._pid).atexit = False
         return group
 
@@ -557,6 +559,15 @@ def _close_group(group: Any, pid: int) -> None:
     """The pool was collected: its calls still finish, then its workers end."""
     if os.getpid() == pid:
         group.close()
+
+
+def _end_at_exit(group: Any) -> None:
+    global _hooked
+    _groups.add(group)
+    if _hooked != os.getpid():
+        # In a process of multiprocessing's own, children are waited for before threading's hooks run.
+        _hooked = os.getpid()
+        util.Finalize(None, _end_all, exitpriority=15)
 
 
 def _end_all() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import process as _stdlib
 from concurrent.futures._base import CancelledError, Future, InvalidStateError
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import util
 
 from dpool import session
 from dpool.concurrent.futures.initializer import LoggedInitializer
@@ -53,6 +54,7 @@ _RemoteTraceback: Any = _stdlib._RemoteTraceback
 # The groups of this process's executors that may still have work: the interpreter's exit waits for them.
 _groups: weakref.WeakSet[Any] = weakref.WeakSet()
 _exiting = False
+_hooked = 0  # the process that has multiprocessing call _finish_all()
 
 
 class WorkerDeath(WorkerDied, BrokenProcessPool):
@@ -244,7 +246,7 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
                     # Forking once threads run is what can deadlock, so where workers are forked all are at once.
                     retries=self._retries, on_demand=self._safe_to_dynamically_spawn_children, worker_name="Process",
                     daemon=False, break_on_death=self._on_worker_death == "break"))
-                _groups.add(group)
+                _finish_at_exit(group)
                 weakref.finalize(self, _close_group, group, os.getpid()).atexit = False
                 self._processes.living = getattr(group, "processes", ())
                 self._call_queue.group = group
@@ -739,6 +741,15 @@ def _close_group(group: Any, pid: int) -> None:
     """The executor was collected: its calls still finish, then its workers end."""
     if os.getpid() == pid:
         group.close()
+
+
+def _finish_at_exit(group: Any) -> None:
+    global _hooked
+    _groups.add(group)
+    if _hooked != os.getpid():
+        # In a process of multiprocessing's own, children are waited for before threading's hooks run.
+        _hooked = os.getpid()
+        util.Finalize(None, _finish_all, exitpriority=15)
 
 
 def _finish_all() -> None:
