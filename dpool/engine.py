@@ -75,16 +75,18 @@ class GroupSpec:
     `worker_name`: what the stdlib's "Process" in a worker's name becomes. `daemon`: the stdlib's flag, seen by the
     driver alone; inside, every worker may have children. `start_process`: makes the process object, if not the
     context's `Process`. `on_broken`: called once, by the I/O thread, when the group has broken.
+    `all_cpus`: the door was not told how many workers, so a cluster may give it as many as it has CPUs.
     `break_on_death`: one dead worker breaks the group, as ProcessPoolExecutor promises.
     """
 
     __slots__ = ("processes", "context", "initializer", "initargs", "max_tasks", "retries", "on_demand", "worker_name",
-                 "daemon", "start_process", "break_on_death")
+                 "daemon", "start_process", "break_on_death", "all_cpus")
 
     def __init__(self, processes: int, context: BaseContext, initializer: Callable[..., object] | None = None,
                  initargs: Iterable[Any] = (), max_tasks: int | None = None, retries: int = 0,
                  on_demand: bool = False, worker_name: str = "PoolWorker", daemon: bool = True,
-                 start_process: Callable[..., Any] | None = None, break_on_death: bool = False) -> None:
+                 start_process: Callable[..., Any] | None = None, break_on_death: bool = False,
+                 all_cpus: bool = False) -> None:
         self.processes = processes
         self.context = context
         self.initializer = initializer
@@ -96,6 +98,7 @@ class GroupSpec:
         self.daemon = daemon
         self.start_process = start_process
         self.break_on_death = break_on_death
+        self.all_cpus = all_cpus
 
 
 class WorkerGroup(Protocol):

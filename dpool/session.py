@@ -1,9 +1,12 @@
-"""Which engine this process uses now: the embedded one unless another is set. Asked by the doors.
+"""Which engine this process uses now: the embedded one unless another is set or named. Asked by the doors.
 
-Starts nothing until a door opens a group.
+Starts nothing until a door opens a group, or init() is called.
 """
 
 from __future__ import annotations
+
+import os
+import threading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,24 +14,69 @@ if TYPE_CHECKING:
 
     from dpool.engine import Engine
 
-_engine: Engine | None = None
+_engine: Any = None
+_pid = 0
+# Guards the making of the engine: two threads may open their first pool at once.
+_lock = threading.Lock()
 
 
 def current() -> Engine:
-    """The engine to open groups on."""
-    global _engine
-    if _engine is None:
-        from dpool.embedded import EmbeddedEngine
+    """The engine to open groups on: what init() or use() have set, else the cluster at DPOOL_ADDRESS, else the
+    embedded one. Raises what init() raises, if DPOOL_ADDRESS is set and nothing is connected yet."""
+    engine: Engine | None = _engine
+    if engine is None or _pid != os.getpid():
+        with _lock:
+            engine = _engine
+            if engine is None or (_pid != os.getpid() and hasattr(engine, "cpus")):
+                _set(_make(os.environ.get("DPOOL_ADDRESS") or None, None))
+                engine = _engine
+    assert engine is not None
+    return engine
 
-        _engine = EmbeddedEngine()
-    return _engine
+
+def init(address: str | None = None, key: str | os.PathLike[str] | None = None) -> None:
+    """Use the cluster at `address` (tcp://host:port) from here on, DPOOL_ADDRESS if it is None; without either, this
+    machine. `key` is the path of the key file; default: DPOOL_KEY_FILE, DPOOL_KEY, ~/.config/dpool/key.
+
+    Blocks until the head has answered, ten seconds at most. Raises ValueError for an address that is none,
+    dpool.errors.KeyProblem without a good key, and dpool.errors.ClusterError if there is no such cluster.
+    """
+    engine = _make(address or os.environ.get("DPOOL_ADDRESS") or None, key)
+    with _lock:
+        _set(engine)
 
 
 def use(engine: Engine | None) -> Engine | None:
-    """Set the engine for all doors opened from here on, None for the embedded one; returns the one before."""
-    global _engine
-    before, _engine = _engine, engine
+    """Set the engine for all doors opened from here on, None for the one that is used without init(); returns the one
+    before."""
+    before: Engine | None = _engine
+    _set(engine)
     return before
+
+
+def _set(engine: Any) -> None:
+    global _engine, _pid
+    _engine, _pid = engine, os.getpid()
+
+
+def _make(address: str | None, key: str | os.PathLike[str] | None) -> Any:
+    if address is None:
+        from dpool.embedded import EmbeddedEngine
+
+        return EmbeddedEngine()
+    from dpool.cluster_engine import ClusterEngine
+
+    return ClusterEngine(address, key)
+
+
+def default_processes() -> int:
+    """How many workers a door has that was not told how many: the CPUs of this machine, or of the cluster."""
+    engine = current()
+    cpus = getattr(engine, "cpus", None)
+    if cpus is not None:
+        return int(cpus())
+    count = getattr(os, "process_cpu_count", os.cpu_count)
+    return count() or 1
 
 
 def check_processes(processes: int) -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from dpool.engine import Sink
 
+# A task whose node is lost is run again so often: it is hardly ever the task's fault.
+NODE_LOSSES = 3
+
 
 class Timing:
     """How long one task of a function takes, in ns; None until the first one has finished."""
@@ -285,6 +288,31 @@ class Dispatch:
         batch = self.inflight.pop(number, None)
         if batch is not None:
             self._take_back(batch, batch.reported)
+
+    def node_lost(self, number: int) -> list[tuple[Job, int]]:
+        """The node that had a batch is lost: its unreported tasks are queued again, but for those to which that has
+        happened NODE_LOSSES times before: they are returned."""
+        batch = self.inflight.pop(number, None)
+        if batch is None:
+            return []
+        doomed = []
+        for index in range(batch.reported, batch.stop):
+            job, task = batch.task(index)
+            # Kept beside the deaths of workers, under numbers that no task has.
+            losses = job.attempts = job.attempts or {}
+            losses[~task] = losses.get(~task, 0) + 1
+            if losses[~task] > NODE_LOSSES:
+                self._settle(job, 1)
+                doomed.append((job, task))
+        if not doomed:
+            self._take_back(batch, batch.reported)
+        else:
+            gone = set(doomed)
+            for index in range(batch.stop - 1, batch.reported - 1, -1):
+                job, task = batch.task(index)
+                if (job, task) not in gone:
+                    self._requeue(job, task, task + 1)
+        return doomed
 
     # -- long tasks in batches of several
 

@@ -14,12 +14,21 @@ import threading
 import time
 
 from dpool import engine
-from dpool.cluster.driver.dispatch import Batch, Dispatch, Job
+from dpool.cluster.driver.dispatch import NODE_LOSSES, Batch, Dispatch, Job
 from dpool.cluster.driver.functions import table
 from dpool.cluster.store import segments
 from dpool.cluster.wire import frames, pickling
 from dpool.engine import Failure
-from dpool.errors import DpoolError, ForeignProcess, GroupBroken, GroupClosed, GroupTerminated, RemoteError, WorkerDied
+from dpool.errors import (
+    DpoolError,
+    ForeignProcess,
+    GroupBroken,
+    GroupClosed,
+    GroupTerminated,
+    NodeLost,
+    RemoteError,
+    WorkerDied,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -284,8 +293,10 @@ class Group:
             for kind, what, descriptors in port.poll(timeout):
                 if kind == 0:
                     self._on_results(what, descriptors)
-                else:
+                elif kind == 1:
                     self._on_death(what)
+                else:
+                    self._on_news(kind, what)
             if dispatch.stopping:
                 self._stop_running()
             if deadline is not None:
@@ -344,7 +355,7 @@ class Group:
                     except BaseException as error:
                         values.append(None)
                         failed[index] = Failure(engine.RESULT_BROKEN, error)
-        if failure_bytes or len(failures):
+        if len(failures) and not flags & frames.NEED_VALUE:
             for entry in pickle.loads(failures):
                 failed[entry[0]] = _rebuild(entry)
         with self._lock:
@@ -410,6 +421,24 @@ class Group:
             else:
                 self._replace()
 
+    def _on_news(self, kind: int, what: Any) -> None:
+        """News of a port whose workers are elsewhere: see the numbers in driver/remote.py."""
+        doomed: list[tuple[Job, int]] = []
+        with self._lock:
+            self._dispatch.workers = self.port.count
+            if kind == 2:  # a batch that no worker has begun
+                self._dispatch.lost(what)
+            elif kind == 3:  # a batch whose node is lost
+                doomed = self._dispatch.node_lost(what[0])
+            elif kind == 4:  # the end of a batch was taken back
+                self._dispatch.stolen(what[0], what[1], time.monotonic())
+        if kind == 6:
+            self._end(GroupBroken(str(what)))
+        for job, task in doomed:
+            text = (f"the nodes that were running task {task} were lost {NODE_LOSSES + 1} times, the last one was "
+                    f"{what[1]}: {what[2]}")
+            job.sink.fail(task, Failure(engine.WORKER_DIED, NodeLost(text)))
+
     def _replace(self) -> None:
         if self._closing and self._finished():
             return
@@ -427,11 +456,12 @@ class Group:
 
     def _describe(self, death: Any, guilty: tuple[Job, int] | None, attempts: int) -> Failure:
         what = f"task {guilty[1]}" if guilty is not None else "no task"
-        text = (f"the worker process {death.pid} on {socket.gethostname()} {death.describe()} "
+        host = death.host or socket.gethostname()
+        text = (f"the worker process {death.pid} on {host} {death.describe()} "
                 f"while it was running {what}")
         if attempts > 1:
             text += f", at attempt {attempts}"
-        error = WorkerDied(text, death.pid, death.exitcode, socket.gethostname(),
+        error = WorkerDied(text, death.pid, death.exitcode, host,
                            guilty[1] if guilty is not None else None, attempts)
         return Failure(engine.WORKER_DIED, error, death.trace)
 

@@ -18,6 +18,7 @@ from multiprocessing import util
 
 from dpool.cluster.node.supervisor import Supervisor
 from dpool.cluster.wire import frames
+from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, TRACE_BYTES, Handle, page_bytes, trace_offset
 from dpool.cluster.worker.main import worker_main
 from dpool.cluster.worker.setup import Setup
@@ -40,36 +41,6 @@ DEATH = 1
 
 # Every living Workers of this process: a forked child must let go of the ends that keep workers alive.
 _all: weakref.WeakSet[Workers] = weakref.WeakSet()
-
-
-class Death:
-    """A worker has ended: what it was doing, and how it went."""
-
-    __slots__ = ("slot", "pid", "exitcode", "batch", "task", "ready", "trace", "expected")
-
-    def __init__(self, slot: int, pid: int, exitcode: int | None, batch: int, task: int, ready: bool, trace: str,
-                 expected: bool) -> None:
-        self.slot = slot
-        self.pid = pid
-        self.exitcode = exitcode
-        self.batch = batch
-        self.task = task
-        self.ready = ready
-        self.trace = trace
-        self.expected = expected
-
-    def describe(self) -> str:
-        """How it ended, as a phrase: 'was killed by SIGKILL (-9)'."""
-        code = self.exitcode
-        if code is None:
-            return "ended, nobody knows how"
-        if code >= 0:
-            return f"exited with code {code}"
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        return f"was killed by {name} ({code})"
 
 
 class Workers:

@@ -1,0 +1,1 @@
+"""The command line: `dpool head`, `dpool node` and what goes with them."""

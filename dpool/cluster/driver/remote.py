@@ -1,0 +1,636 @@
+"""The way from a group to its workers on the nodes of a cluster: implements Port of driver/group.py.
+
+Deals batches to nodes, keeps who has which, and turns the loss of a node into news for the group; what runs where is
+the head's and Dispatch's to decide. Its sockets belong to the group's I/O thread; send() and the like may be called by
+any thread, and only leave word.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from multiprocessing import process as mp_process
+from typing import Any
+
+import msgspec
+
+from dpool.batching import CREDITS_PER_WORKER
+from dpool.cluster.driver.client import Client, Pulse, Standing
+from dpool.cluster.store import segments
+from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
+from dpool.cluster.wire import frames, messages, pickling, sessions
+from dpool.cluster.wire.death import Death
+from dpool.cluster.wire.keys import AGENT, DRIVER
+from dpool.cluster.wire.links import Dialer, Waker
+from dpool.engine import GroupSpec
+from dpool.errors import ClusterError
+
+# What poll() returns besides Workers' MESSAGE (0) and DEATH (1):
+LOST = 2  # no worker has begun this batch, and none will
+NODE_LOST = 3  # the node of this batch is lost: some of its tasks may have run
+STOLEN = 4  # (batch, count): its last tasks come back
+CHANGED = 5  # workers have come or gone
+HOPELESS = 6  # nothing can run any more: the reason, an exception
+
+# How long opening a group may take.
+OPEN_TIMEOUT_S = 10.0
+# How long a session may be without a connection before its node is taken for lost. A node that refuses a connection
+# has ended; one that cannot be reached may be back.
+RESUME_WITHIN_S = 5.0
+RETRY_S = 0.1
+# A node that was lost is not asked again for so long.
+AVOID_S = 15.0
+# A group without any worker waits so long for nodes to come.
+REPLACE_WITHIN_S = 60.0
+# Functions and objects that a node keeps for a group, so that they travel once.
+MAX_KEPT = 64
+
+
+class RemoteProcess:
+    """A worker on a node, with what programs look at in a multiprocessing process."""
+
+    def __init__(self, port: ClusterPort, node: Node, slot: messages.Slot) -> None:
+        self.pid = slot.pid
+        self.name = slot.name
+        self.host = node.host
+        self.slot = slot.slot
+        self.daemon = True
+        self.exitcode: int | None = None
+        self._port = port
+        self._node = node
+        self._ended = threading.Event()
+
+    def is_alive(self) -> bool:
+        return not self._ended.is_set()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until it has ended, at most `timeout` seconds."""
+        self._ended.wait(timeout)
+
+    def terminate(self) -> None:
+        self._port.signal(self._node, self.slot, 15)
+
+    def kill(self) -> None:
+        self._port.signal(self._node, self.slot, 9)
+
+    def ended(self, exitcode: int | None) -> None:
+        """For the port: it is no more."""
+        self.exitcode = exitcode
+        self._ended.set()
+
+    def __repr__(self) -> str:
+        state = "started" if self.is_alive() else f"stopped exitcode={self.exitcode}"
+        return f"<RemoteProcess name={self.name!r} host={self.host!r} pid={self.pid} {state}>"
+
+
+class Node:
+    """A session with a node: its part of the group. One node may have several, if its part has grown."""
+
+    def __init__(self, member: messages.Member, workers: int) -> None:
+        self.id = member.node
+        self.addresses = list(member.addresses)
+        self.host = member.host
+        self.workers = workers
+        self.key = os.urandom(16)  # the session's
+        self.session = sessions.Session()
+        self.dialer: Dialer | None = None
+        self.resumed = False  # the connection carries the session
+        self.broken_at: float | None = None
+        self.retry_at = 0.0
+        self.refusals = 0
+        self.opened = False
+        self.lost = ""  # why
+        self.living: dict[int, RemoteProcess] = {}
+        self.inflight: dict[int, None] = {}
+        self.outbox: deque[tuple[Any, ...]] = deque()
+        self.arrivals = Arrivals()
+        self.functions: OrderedDict[int, None] = OrderedDict()
+        self.stealing: set[int] = set()
+        self.demanded = 0
+
+
+class RemoteSupervisor:
+    """What the group asks about workers that fail to start: the nodes' own supervisors have counted."""
+
+    def __init__(self) -> None:
+        self.failed_starts = 0
+
+    @property
+    def hopeless(self) -> bool:
+        return self.failed_starts >= 10
+
+
+class ClusterPort:
+    """A group's nodes. open() first, in any thread; then poll() by one thread."""
+
+    splits = True
+
+    def __init__(self, client: Client, spec: GroupSpec) -> None:
+        self.client = client
+        self.spec = spec
+        self.group = os.urandom(16)
+        self.processes: list[Any] = []
+        self.supervisor = RemoteSupervisor()
+        self._nodes: dict[bytes, Node] = {}  # by session
+        self._by_descriptor: dict[int, Node] = {}
+        self._of_batch: dict[int, Node] = {}
+        # Guards the dealing of batches: _of_batch, the nodes' inflight and outboxes.
+        self._lock = threading.Lock()
+        self._inbox: deque[tuple[str, Any]] = deque()  # from the client's thread
+        self._waker = Waker()
+        self._stirred: dict[Node, None] = {}
+        self._owner = 0
+        self._avoid: dict[bytes, float] = {}
+        self._numbers = itertools.count(0)
+        self._first_number = 0
+        self._closing = self._killed = self._closed = False
+        self._empty_since: float | None = None
+        self._initializer = self._pack_initializer(spec)
+        self._prefix = _name_prefix(spec)
+        # A door that has not been told how many workers takes what the cluster has.
+        self._standing = Standing(self.group, 0 if spec.all_cpus else spec.processes, self._on_placed)
+
+    @staticmethod
+    def _pack_initializer(spec: GroupSpec) -> int:
+        """A segment with the pickle of the initializer and its arguments, -1 if there is none. Raises what pickling
+        them raises."""
+        if spec.initializer is None:
+            return -1
+        data = pickling.dumps((spec.initializer, spec.initargs), by_value=True)
+        return segments.write([data])[0]
+
+    # -- opening
+
+    def open(self) -> None:
+        """Have the group placed and its workers started. Raises ClusterError if that fails, or takes too long."""
+        self.client.add(self._standing)
+        end = time.monotonic() + OPEN_TIMEOUT_S
+        try:
+            while not self._nodes or not all(node.opened for node in self._nodes.values()):
+                left = end - time.monotonic()
+                if left <= 0:
+                    if not self._nodes:
+                        raise ClusterError(f"the cluster at {self.client.address} has no node: start one with "
+                                           f"dpool node {self.client.address}")
+                    names = ", ".join(node.host for node in self._nodes.values() if not node.opened)
+                    raise ClusterError(f"no answer within {OPEN_TIMEOUT_S:.0f} s from: {names}")
+                for kind, what, _ in self.poll(min(left, 0.2)):
+                    if kind == HOPELESS:
+                        raise what
+        except BaseException:
+            self.kill()
+            self.close()
+            raise
+
+    def _on_placed(self, placed: messages.Placed) -> None:
+        self._inbox.append(("placed", placed))
+        self._waker.wake()
+
+    def _follow(self, placed: messages.Placed) -> None:
+        """Open sessions for what the head has placed and is not there."""
+        if placed.epoch <= self._standing.epoch or self._closing or self._killed:
+            return
+        has = self._parts()
+        for member in placed.members:
+            more = member.workers - has.get(member.node, 0)
+            if more > 0 and member.addresses:
+                self._connect(Node(member, more))
+        self._tell_head(placed.epoch)
+
+    def _parts(self) -> dict[bytes, int]:
+        parts: dict[bytes, int] = {}
+        for node in self._nodes.values():
+            parts[node.id] = parts.get(node.id, 0) + node.workers
+        return parts
+
+    def _tell_head(self, epoch: int | None = None) -> None:
+        now = time.monotonic()
+        self._avoid = {id: until for id, until in self._avoid.items() if until > now}
+        self.client.update(self._standing, epoch or self._standing.epoch, self._parts(), list(self._avoid))
+
+    def _connect(self, node: Node) -> None:
+        self._nodes[node.key] = node
+        self._dial(node)
+        if self._initializer >= 0:
+            self._post_segment(node, self._initializer)
+        spec = self.spec
+        self._post(node, messages.Open(
+            node.key, self.group, self.client.id, messages.Versions.here(), node.workers,
+            self._prefix, self._first_number, spec.max_tasks, spec.on_demand, self._initializer >= 0,
+            bytes(mp_process.current_process().authkey), os.getcwd(), [str(arg) for arg in sys.argv]),
+            segments=1 if self._initializer >= 0 else 0)
+        self._first_number += node.workers
+        self.client.watch(Pulse(node.key, node.addresses[0], lambda: node.session.received,
+                                lambda received: self._tell("echo", (node, received)),
+                                lambda why: self._tell("lost", (node, why))))
+
+    def _tell(self, kind: str, what: Any) -> None:
+        self._inbox.append((kind, what))
+        if kind == "lost":
+            self._waker.wake()
+
+    def _dial(self, node: Node) -> None:
+        """A new connection for a session: the first, or one after another has broken."""
+        node.dialer = dialer = Dialer(self.client.context, self.client.keys, DRIVER, AGENT, node.addresses[0])
+        node.resumed = False
+        for descriptor in dialer.descriptors:
+            self._by_descriptor[descriptor] = node
+        self._waker.add(dialer.descriptors)
+        self._connection_message(node, messages.Resume(node.key, node.session.received, not node.opened))
+        self._stirred[node] = None
+
+    def _undial(self, node: Node, linger_ms: int = 0) -> None:
+        if node.dialer is not None:
+            self._waker.remove(node.dialer.descriptors)
+            for descriptor in node.dialer.descriptors:
+                self._by_descriptor.pop(descriptor, None)
+            node.dialer.close(linger_ms)
+            node.dialer = None
+
+    # -- what the group asks
+
+    @property
+    def count(self) -> int:
+        """Living workers, on all nodes."""
+        return sum(len(node.living) for node in self._nodes.values())
+
+    def start(self) -> None:
+        """Nothing: nodes replace their own workers."""
+
+    def demand(self, queued: int, inflight: int) -> None:
+        """There is work for so many workers, where workers are started on demand."""
+        if not self.spec.on_demand:
+            return
+        left = min(queued + inflight, self.spec.processes)
+        with self._lock:
+            nodes = [node for node in self._nodes.values() if node.opened]
+            shares = dict.fromkeys(nodes, 0)
+            while left and any(shares[node] < node.workers for node in nodes):
+                for node in nodes:
+                    if left and shares[node] < node.workers:
+                        shares[node] += 1
+                        left -= 1
+            for node, share in shares.items():
+                if share > node.demanded:
+                    node.demanded = share
+                    node.outbox.append((messages.Demand(share),))
+        self._flush_or_wake()
+
+    def send(self, parts: list[bytes], descriptors: list[int]) -> bool:
+        """Deal one batch to the node that has the most room for it; False if there is none now."""
+        flags, _, _, function, batch = frames.TASKS.unpack_from(parts[0])[:5]
+        with self._lock:
+            node = self._roomiest()
+            if node is None:
+                return False
+            self._of_batch[batch] = node
+            node.inflight[batch] = None
+            before: list[messages.Message] = []
+            link_flags = 0
+            travelling = list(descriptors)
+            if flags & frames.FUNCTION_IN_SEGMENT:
+                if function in node.functions:
+                    node.functions.move_to_end(function)
+                    link_flags = sessions.FUNCTION_KNOWN
+                    del travelling[0]
+                else:
+                    if len(node.functions) >= MAX_KEPT:
+                        before.append(messages.Forget(node.functions.popitem(last=False)[0]))
+                    node.functions[function] = None
+                    link_flags = sessions.FUNCTION_STORED
+            # Mapped now: the descriptors are the group's, and may be closed when this returns.
+            carried = [list(pieces(descriptor)) for descriptor in travelling]
+            for message in before:
+                node.outbox.append((message,))
+            node.outbox.append((carried, b"".join(parts), link_flags))
+        self._flush_or_wake()
+        return True
+
+    def _roomiest(self) -> Node | None:
+        best, most = None, 0.0
+        for node in self._nodes.values():
+            workers = len(node.living)
+            if workers and not node.lost:
+                room = CREDITS_PER_WORKER - len(node.inflight) / workers
+                if best is None or room > most:
+                    best, most = node, room
+        return best
+
+    def wake(self) -> None:
+        self._waker.wake()
+
+    def claimed(self) -> dict[int, int]:
+        """Every batch: which of them no worker has begun is the nodes' to find out, and they say so."""
+        return dict.fromkeys(self._of_batch, 0)
+
+    def steal(self, number: int) -> int:
+        """Ask for the unbegun tasks of a batch; 0 now, STOLEN later."""
+        node = self._of_batch.get(number)
+        if node is not None and number not in node.stealing:
+            node.stealing.add(number)
+            self._leave(node, messages.Steal(number))
+        return 0
+
+    def signal(self, node: Node, slot: int, number: int) -> None:
+        """Send a signal to one worker."""
+        self._leave(node, messages.Signal(slot, number))
+
+    def close_tasks(self) -> None:
+        self._closing = True
+        for node in self._nodes.values():
+            self._leave(node, messages.CloseTasks())
+
+    def kill(self, at_once: bool = True) -> None:
+        self._killed = True
+        for node in self._nodes.values():
+            self._leave(node, messages.Kill(at_once))
+        self._waker.wake()
+
+    def _leave(self, node: Node, message: messages.Message) -> None:
+        with self._lock:
+            node.outbox.append((message,))
+        self._flush_or_wake()
+
+    def _flush_or_wake(self) -> None:
+        if threading.get_ident() == self._owner:
+            self._flush()
+        else:
+            self._waker.wake()
+
+    # -- the I/O thread
+
+    def poll(self, timeout: float | None) -> Sequence[tuple[int, Any, list[int]]]:
+        """What has happened; waits for it up to `timeout` seconds."""
+        self._owner = threading.get_ident()
+        events: list[tuple[int, Any, list[int]]] = []
+        self._flush()
+        self._drain(list(self._stirred), events)
+        self._work_inbox(events)
+        if not events:
+            ready = self._waker.wait(self._until_due(timeout))
+            self._flush()
+            nodes = dict.fromkeys(self._by_descriptor[d] for d in ready if d in self._by_descriptor)
+            nodes.update(self._stirred)
+            self._drain(list(nodes), events)
+            self._work_inbox(events)
+        self._look_after(events)
+        return events
+
+    def _until_due(self, timeout: float | None) -> float | None:
+        waiting = [node.retry_at for node in self._nodes.values() if node.broken_at is not None]
+        if self._empty_since is not None:
+            waiting.append(self._empty_since + REPLACE_WITHIN_S)
+        if not waiting:
+            return timeout
+        left = max(min(waiting) - time.monotonic(), 0.0)
+        return left if timeout is None else min(left, timeout)
+
+    def _flush(self) -> None:
+        """Send what was left in the outboxes."""
+        for node in list(self._nodes.values()):
+            while node.outbox:
+                with self._lock:
+                    if not node.outbox:
+                        break
+                    entry = node.outbox.popleft()
+                if len(entry) == 1:
+                    self._post(node, entry[0])
+                    continue
+                carried, message, flags = entry
+                for segment in carried:
+                    self._post_pieces(node, segment)
+                self._send(node, node.session.wrap(sessions.TASKS, (message,), flags, len(carried)))
+
+    def _drain(self, nodes: list[Node], events: list[tuple[int, Any, list[int]]]) -> None:
+        """Receive, until there is nothing more, from nodes that may have sent something."""
+        for node in nodes:
+            self._stirred.pop(node, None)
+            dialer = node.dialer
+            if dialer is None:
+                continue
+            for received in dialer.receive():
+                try:
+                    self._on_frames(node, received, events)
+                except (msgspec.DecodeError, sessions.ProtocolError, BadPiece, OSError, ValueError) as error:
+                    self._lose(node, f"{type(error).__name__}: {error}", events)
+                    break
+            if node.session.owes_acknowledgement:
+                self._send(node, node.session.acknowledgement())
+                self._stirred[node] = None
+            dialer.watch()
+            if dialer.broken and node.dialer is dialer:
+                self._on_broken(node, dialer, events)
+
+    def _on_frames(self, node: Node, received: list[memoryview], events: list[tuple[int, Any, list[int]]]) -> None:
+        head = received[0]
+        kind, flags, count, _, number, acknowledged = sessions.HEADER.unpack_from(head)
+        body = head[sessions.HEADER.size:]
+        if not number and kind == sessions.CONTROL:
+            self._on_connection_message(node, messages.from_node.decode(body), events)
+        elif not node.session.accept(kind, number, acknowledged):
+            pass
+        elif kind == sessions.RESULTS:
+            descriptors = node.arrivals.take(count)
+            result_flags, _, _, batch = frames.RESULTS.unpack_from(body)[:4]
+            if result_flags & frames.DONE:
+                self._settle(batch)
+            events.append((0, body, descriptors))
+        elif kind == sessions.CHUNK:
+            size, start = sessions.CHUNK_HEADER.unpack(body)
+            node.arrivals.add(size, start, received[1])
+        elif kind == sessions.CONTROL:
+            self._on_control(node, messages.from_node.decode(body), events)
+
+    def _settle(self, batch: int) -> None:
+        with self._lock:
+            node = self._of_batch.pop(batch, None)
+            if node is not None:
+                node.inflight.pop(batch, None)
+                node.stealing.discard(batch)
+
+    def _on_connection_message(self, node: Node, message: messages.Message,
+                               events: list[tuple[int, Any, list[int]]]) -> None:
+        if isinstance(message, messages.Resumed):
+            node.resumed, node.broken_at, node.refusals = True, None, 0
+            if node.session.sent > message.received:
+                for again in node.session.resume(message.received):
+                    assert node.dialer is not None
+                    node.dialer.send(again)
+        elif isinstance(message, messages.Gone):
+            self._lose(node, "it knows nothing of this group any more", events)
+
+    def _on_control(self, node: Node, message: messages.Message, events: list[tuple[int, Any, list[int]]]) -> None:
+        if isinstance(message, messages.Opened):
+            node.opened = True
+            self._add_workers(node, message.workers)
+            events.append((CHANGED, None, []))
+        elif isinstance(message, messages.Started):
+            self._add_workers(node, message.workers)
+            events.append((CHANGED, None, []))
+        elif isinstance(message, messages.Died):
+            self._on_died(node, message, events)
+        elif isinstance(message, messages.Lost):
+            self._settle(message.batch)
+            events.append((LOST, message.batch, []))
+        elif isinstance(message, messages.Stolen):
+            node.stealing.discard(message.batch)
+            if message.count:
+                events.append((STOLEN, (message.batch, message.count), []))
+        elif isinstance(message, messages.Output):
+            _print(message.stream, message.data)
+        elif isinstance(message, messages.Failed):
+            error = ClusterError(message.reason)
+            self._lose(node, message.reason, events)
+            if not self._nodes:
+                events.append((HOPELESS, error, []))
+        elif isinstance(message, messages.Wanted):
+            self._post(node, messages.Found(message.request, False))
+
+    def _add_workers(self, node: Node, slots: list[messages.Slot]) -> None:
+        for slot in slots:
+            process = RemoteProcess(self, node, slot)
+            node.living[slot.slot] = process
+            self.processes.append(process)
+        self._empty_since = None
+
+    def _on_died(self, node: Node, message: messages.Died, events: list[tuple[int, Any, list[int]]]) -> None:
+        process = node.living.pop(message.slot, None)
+        if process is not None:
+            process.ended(message.exitcode)
+            self.processes.remove(process)
+        self.supervisor.failed_starts = message.failed_starts
+        if message.batch:
+            self._settle(message.batch)
+        events.append((1, Death(message.slot, message.pid, message.exitcode, message.batch, message.task,
+                                message.ready, message.trace, message.expected, node.host), []))
+
+    # -- connections that break, nodes that are lost
+
+    def _on_broken(self, node: Node, dialer: Dialer, events: list[tuple[int, Any, list[int]]]) -> None:
+        now = time.monotonic()
+        refused = not dialer.connected and "refused" in dialer.failure
+        node.refusals += refused
+        self._undial(node)
+        if node.broken_at is None:
+            node.broken_at = now
+        node.retry_at = now + RETRY_S
+        if node.refusals >= 2 or "key" in dialer.failure:
+            self._lose(node, f"{node.addresses[0]}: {dialer.failure}", events)
+
+    def _look_after(self, events: list[tuple[int, Any, list[int]]]) -> None:
+        """What falls due with time."""
+        now = time.monotonic()
+        for node in list(self._nodes.values()):
+            if node.broken_at is None:
+                continue
+            if now - node.broken_at > RESUME_WITHIN_S:
+                self._lose(node, "its connection is broken and cannot be made again", events)
+            elif node.dialer is None and now >= node.retry_at:
+                self._dial(node)
+        if self._empty_since is not None and now - self._empty_since > REPLACE_WITHIN_S:
+            self._empty_since = None
+            events.append((HOPELESS, ClusterError(
+                f"every node of this group was lost, and the cluster at {self.client.address} has had no other for "
+                f"{REPLACE_WITHIN_S:.0f} s"), []))
+
+    def _work_inbox(self, events: list[tuple[int, Any, list[int]]]) -> None:
+        while self._inbox:
+            kind, what = self._inbox.popleft()
+            if kind == "placed":
+                self._follow(what)
+            elif kind == "echo":
+                node, received = what
+                if received <= node.session.sent:
+                    node.session.acknowledged(received)
+            else:
+                node, why = what
+                self._lose(node, why, events)
+
+    def _lose(self, node: Node, why: str, events: list[tuple[int, Any, list[int]]]) -> None:
+        """A node is lost: whatever it still sends is not listened to, and its batches run elsewhere."""
+        if node.lost or node.key not in self._nodes:
+            return
+        node.lost = why
+        with self._lock:
+            del self._nodes[node.key]
+            batches = list(node.inflight)
+            for batch in batches:
+                self._of_batch.pop(batch, None)
+            node.inflight.clear()
+        self._connection_message(node, messages.Bye(node.key))
+        self._undial(node, linger_ms=200)
+        self.client.unwatch(node.key)
+        node.arrivals.close()
+        for process in node.living.values():
+            process.ended(None)
+            self.processes.remove(process)
+        node.living.clear()
+        self._avoid[node.id] = time.monotonic() + AVOID_S
+        self._tell_head()
+        events.extend((NODE_LOST, (batch, node.host, why), []) for batch in batches)
+        events.append((CHANGED, None, []))
+        if not self._nodes and not self._closing and not self._killed:
+            self._empty_since = time.monotonic()
+
+    # -- sending, by the I/O thread
+
+    def _post(self, node: Node, message: messages.Message, segments: int = 0) -> None:
+        self._send(node, node.session.wrap(sessions.CONTROL, (messages.encode(message),), segments=segments))
+
+    def _post_segment(self, node: Node, descriptor: int) -> None:
+        self._post_pieces(node, list(pieces(descriptor)))
+
+    def _post_pieces(self, node: Node, segment: list[tuple[int, int, memoryview]]) -> None:
+        for size, start, piece in segment:
+            self._send(node, node.session.wrap(sessions.CHUNK, (sessions.CHUNK_HEADER.pack(size, start),),
+                                               beside=piece))
+
+    def _send(self, node: Node, message: sessions.Frames) -> None:
+        # On a connection that does not carry the session again yet, the message would come before its turn.
+        if node.dialer is not None and (node.resumed or node.broken_at is None):
+            node.dialer.send(message)
+            self._stirred[node] = None
+
+    def _connection_message(self, node: Node, message: messages.Message) -> None:
+        if node.dialer is not None:
+            header = sessions.HEADER.pack(sessions.CONTROL, 0, 0, 0, 0, 0)
+            node.dialer.send((header + messages.encode(message),))
+
+    def close(self) -> None:
+        """Leave the nodes; what still runs there is killed. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        self.client.remove(self._standing)
+        for node in self._nodes.values():
+            self._connection_message(node, messages.Bye(node.key))
+            self._undial(node, linger_ms=1000)
+            self.client.unwatch(node.key)
+            node.arrivals.close()
+            for process in node.living.values():
+                process.ended(None)
+        self._waker.close()
+        if self._initializer >= 0:
+            os.close(self._initializer)
+
+
+def _name_prefix(spec: GroupSpec) -> str:
+    """What stands for "Process" in the names of workers: with the prefix that the context's own class has."""
+    name = getattr(getattr(spec.context, "Process", None), "__name__", "Process")
+    return name.replace("Process", spec.worker_name)
+
+
+def _print(stream: int, data: bytes) -> None:
+    """Write what workers have written to where this process writes."""
+    target = sys.stdout if stream == 1 else sys.stderr
+    if target is not None:
+        try:
+            target.write(data.decode(getattr(target, "encoding", None) or "utf-8", "replace"))
+            target.flush()
+        except (OSError, ValueError):
+            pass  # closed: there is nowhere to write to

@@ -1,0 +1,256 @@
+"""Decides who is part of the cluster, and which nodes a group's workers are placed on.
+
+Pure: messages and the time come in, messages to send come out. It reads no clock, opens no socket, and knows no task.
+All it knows is what nodes and drivers have said within the last seconds, so a new head knows everything after a second.
+Called by head/server.py, and by the simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dpool.cluster.wire.messages import (
+    Ask,
+    DriverReport,
+    DriverState,
+    GroupState,
+    Leaving,
+    Member,
+    Message,
+    NodeReport,
+    NodeState,
+    Part,
+    Placed,
+    Refused,
+    Report,
+    StopCluster,
+    Versions,
+    Welcome,
+)
+
+# A node or driver that has said nothing for this long is gone. Longer: rides out a busy machine or a short cut.
+# Shorter: groups are placed on dead nodes for less time.
+SILENT_AFTER_S = 10.0
+# One whose connection has ended, and that has not come back, is gone after this time.
+BROKEN_AFTER_S = 0.5
+
+# What to send: to which connection, and what.
+Mail = list[tuple[bytes, Message]]
+
+
+class _Peer:
+    """A node or driver: its connection, when it spoke last, and when it is taken for gone."""
+
+    __slots__ = ("connection", "seen", "gone_at", "number")
+
+    def __init__(self, connection: bytes, now: float, number: int) -> None:
+        self.connection = connection
+        self.seen = now
+        self.gone_at = now + SILENT_AFTER_S
+        self.number = number
+
+
+class _Node(_Peer):
+    __slots__ = ("state",)
+
+    def __init__(self, connection: bytes, now: float, state: NodeState) -> None:
+        super().__init__(connection, now, state.number)
+        self.state = state
+
+
+class _Driver(_Peer):
+    __slots__ = ("state", "placed")
+
+    def __init__(self, connection: bytes, now: float, state: DriverState) -> None:
+        super().__init__(connection, now, state.number)
+        self.state = state
+        self.placed: dict[bytes, Placed] = {}  # what the driver was told, until it says that it has followed it
+
+
+class Membership:
+    """The head's books. Every change to them happens in handle(), ended() and tick()."""
+
+    def __init__(self, cluster: bytes, versions: Versions) -> None:
+        self.cluster = cluster
+        self.versions = versions
+        self.nodes: dict[bytes, _Node] = {}
+        self.drivers: dict[bytes, _Driver] = {}
+        self.stopping = False
+
+    # -- what comes in
+
+    def handle(self, connection: bytes, role: str, message: Message, now: float) -> Mail:
+        """A message has come from a connection in a role ('agent' or 'driver'). One that its role may not send, or
+        that is older than what is known, changes nothing."""
+        if isinstance(message, NodeState) and role == "agent":
+            return self._node(connection, message, now)
+        if isinstance(message, DriverState) and role == "driver":
+            return self._driver(connection, message, now)
+        if isinstance(message, Leaving):
+            return self._leaving(connection, message.who, now)
+        if isinstance(message, Ask) and role == "driver":
+            return [(connection, self.report(now))]
+        if isinstance(message, StopCluster) and role == "driver":
+            self.stopping = True
+            return [(connection, message), *((node.connection, message) for node in self.nodes.values())]
+        return []
+
+    def ended(self, connection: bytes, now: float) -> None:
+        """A connection has ended: who was on it is gone soon, unless he comes back."""
+        for peer in (*self.nodes.values(), *self.drivers.values()):
+            if peer.connection == connection:
+                peer.gone_at = min(peer.gone_at, now + BROKEN_AFTER_S)
+
+    def tick(self, now: float) -> Mail:
+        """Forget who is gone, and place what has to be placed anew."""
+        gone = [id for id, node in self.nodes.items() if node.gone_at <= now]
+        for id in gone:
+            del self.nodes[id]
+        for id in [id for id, driver in self.drivers.items() if driver.gone_at <= now]:
+            del self.drivers[id]
+        return self._place_all() if gone else []
+
+    @property
+    def next_tick(self) -> float | None:
+        """When tick() has something to do if nothing comes before."""
+        return min((peer.gone_at for peer in (*self.nodes.values(), *self.drivers.values())), default=None)
+
+    def _node(self, connection: bytes, state: NodeState, now: float) -> Mail:
+        if conflict := self.versions.conflict(state.versions):
+            return [(connection, Refused(f"the node on {state.host} cannot join: {conflict}"))]
+        known = self.nodes.get(state.node)
+        if known is not None and known.number >= state.number and known.connection == connection:
+            return []
+        self.nodes[state.node] = _Node(connection, now, state)
+        mail: Mail = [(connection, self._welcome())]
+        return mail if known is not None else mail + self._place_all()
+
+    def _driver(self, connection: bytes, state: DriverState, now: float) -> Mail:
+        if conflict := self.versions.conflict(state.versions):
+            return [(connection, Refused(f"this cluster cannot be used: {conflict}"))]
+        known = self.drivers.get(state.driver)
+        if known is not None and known.number >= state.number and known.connection == connection:
+            return []
+        driver = self.drivers[state.driver] = _Driver(connection, now, state)
+        if known is not None:
+            driver.placed = {group.group: placed for group in state.groups
+                             if (placed := known.placed.get(group.group)) is not None and placed.epoch > group.epoch}
+        return [(connection, self._welcome()), *self._place(driver)]
+
+    def _leaving(self, connection: bytes, who: bytes, now: float) -> Mail:
+        node = self.nodes.get(who)
+        if node is not None and node.connection == connection:
+            del self.nodes[who]
+            return self._place_all()
+        driver = self.drivers.get(who)
+        if driver is not None and driver.connection == connection:
+            del self.drivers[who]
+        return []
+
+    def _welcome(self) -> Welcome:
+        return Welcome(self.cluster, len(self.nodes), sum(node.state.cpus for node in self.nodes.values()))
+
+    # -- placing
+
+    def _place_all(self) -> Mail:
+        return [mail for driver in self.drivers.values() for mail in self._place(driver)]
+
+    def _place(self, driver: _Driver) -> Mail:
+        mail: Mail = []
+        for group in driver.state.groups:
+            before = driver.placed.get(group.group)
+            members = self._members(group)
+            if before is not None and before.members == members:
+                mail.append((driver.connection, before))  # said again: it may have been lost
+                continue
+            if {part.node: part.workers for part in group.parts} == {m.node: m.workers for m in members}:
+                continue
+            epoch = max(group.epoch, before.epoch if before is not None else 0) + 1
+            placed = driver.placed[group.group] = Placed(group.group, epoch, members)
+            mail.append((driver.connection, placed))
+        return mail
+
+    def _members(self, group: GroupState) -> list[Member]:
+        """The parts a group should have: those it has, on nodes that are here, and what is missing."""
+        has = {part.node: part.workers for part in group.parts}
+        # A node the head does not know now may still serve the driver: that is the driver's to judge.
+        nodes = {id: node.state for id, node in self.nodes.items() if id not in group.avoid}
+        wants = dict(has)
+        if group.wanted == 0:
+            for id, state in nodes.items():
+                wants[id] = max(wants.get(id, 0), max(state.cpus, 1))
+        else:
+            missing = group.wanted - sum(has.values())
+            if missing > 0 and nodes:
+                load = self._load(group.group)
+                cpus = {id: max(state.cpus, 1) for id, state in nodes.items()}
+                for id, more in spread(missing, cpus, {id: load.get(id, 0) + has.get(id, 0) for id in nodes}).items():
+                    wants[id] = wants.get(id, 0) + more
+        members = []
+        for id, workers in wants.items():
+            node = self.nodes.get(id)
+            if node is not None:
+                members.append(Member(id, node.state.addresses, node.state.host, workers))
+            else:
+                members.append(Member(id, [], "", workers))
+        return members
+
+    def _load(self, besides: bytes) -> dict[bytes, int]:
+        """Workers of other groups on each node, as their drivers say."""
+        load: dict[bytes, int] = {}
+        for driver in self.drivers.values():
+            for group in driver.state.groups:
+                if group.group == besides:
+                    continue
+                placed = driver.placed.get(group.group)
+                parts: Sequence[Part | Member] = placed.members if placed is not None else group.parts
+                for part in parts:
+                    load[part.node] = load.get(part.node, 0) + part.workers
+        return load
+
+    # -- what others may see
+
+    def report(self, now: float) -> Report:
+        """The state of the cluster, for people."""
+        workers: dict[bytes, int] = {}
+        drivers = []
+        for id, driver in self.drivers.items():
+            groups: dict[str, dict[str, int]] = {}
+            for group in driver.state.groups:
+                groups[group.group.hex()] = {part.node.hex(): part.workers for part in group.parts}
+                for part in group.parts:
+                    workers[part.node] = workers.get(part.node, 0) + part.workers
+            drivers.append(DriverReport(id.hex(), driver.state.host, driver.state.pid, groups))
+        nodes = [NodeReport(id.hex(), node.state.host, node.state.addresses, node.state.cpus, node.state.memory_bytes,
+                            sum(node.state.groups.values()), node.state.tasks_running, node.state.tasks_done,
+                            node.state.versions.python, node.state.versions.dpool, round(now - node.seen, 3))
+                 for id, node in self.nodes.items()]
+        return Report(self.cluster.hex(), self.versions.python, self.versions.dpool, nodes, drivers)
+
+    def validate(self) -> None:
+        """Raise AssertionError unless the books agree. For tests."""
+        for id, node in self.nodes.items():
+            assert node.state.node == id
+        for id, driver in self.drivers.items():
+            assert driver.state.driver == id
+            epochs = {group.group: group.epoch for group in driver.state.groups}
+            for group, placed in driver.placed.items():
+                assert group in epochs and placed.epoch > epochs[group]
+
+
+def spread(workers: int, cpus: Mapping[bytes, int], load: Mapping[bytes, int]) -> dict[bytes, int]:
+    """So many more workers, over nodes with so many CPUs that carry so many already: how many each gets.
+
+    Each goes where the most CPUs are free; when none is, where a CPU has the fewest workers. Every worker gets a place,
+    however few CPUs there are, as in the standard library.
+    """
+    import heapq
+
+    extra: dict[bytes, int] = {}
+    heap = [(load.get(id, 0) / count, -count, index, id) for index, (id, count) in enumerate(cpus.items())]
+    heapq.heapify(heap)
+    for _ in range(workers):
+        _, size, index, id = heap[0]
+        extra[id] = extra.get(id, 0) + 1
+        heapq.heapreplace(heap, ((load.get(id, 0) + extra[id]) / -size, size, index, id))
+    return extra

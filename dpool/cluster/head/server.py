@@ -1,0 +1,80 @@
+"""The head's loop: carries messages between its one socket and Membership, and keeps the time for it.
+
+Decides nothing, never unpickles, writes no file. Run by `dpool head`, in the thread that calls serve().
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from dpool.cluster.head.membership import Mail, Membership
+from dpool.cluster.wire import messages
+from dpool.cluster.wire.keys import HEAD, Keys
+from dpool.cluster.wire.links import Listener, Waker
+
+# How long what was said last may take to leave before the head ends.
+_LAST_WORDS_S = 0.2
+
+
+class Head:
+    """Listens from the moment it is made. Raises ValueError for a bad address, OSError for one that is taken."""
+
+    def __init__(self, keys: Keys, address: str, log: Callable[[str], object]) -> None:
+        self._context = zmq.Context()
+        self._log = log
+        try:
+            self._listener = Listener(self._context, keys, HEAD, address)
+        except BaseException:
+            self._context.term()
+            raise
+        self.address = self._listener.address
+        self._waker = Waker()
+        self._waker.add(self._listener.descriptors)
+        self._stop = threading.Event()
+        self.membership = Membership(os.urandom(16), messages.Versions.here())
+
+    def serve(self) -> None:
+        """Until stop() is called, here or by `dpool stop`."""
+        try:
+            while not self._stop.is_set() and not self.membership.stopping:
+                deadline = self.membership.next_tick
+                self._waker.wait(None if deadline is None else deadline - time.monotonic())
+                self._listener.authenticate()
+                self._receive()
+                # Without a wait in between, for the socket's descriptor tells only of what is new.
+                self._send(self.membership.tick(time.monotonic()))
+                self._receive()
+                for address in self._listener.refusals:
+                    self._log(f"refused {address}: it has another key")
+                self._listener.refusals.clear()
+            if self.membership.stopping:
+                time.sleep(_LAST_WORDS_S)
+        finally:
+            self._listener.close()
+            self._waker.close()
+            self._context.term()
+
+    def _receive(self) -> None:
+        for received in self._listener.receive():
+            try:
+                message = messages.to_head.decode(received.frames[0])
+            except msgspec.DecodeError:
+                continue  # not of this protocol; a peer with the key that talks nonsense is not answered
+            self._send(self.membership.handle(received.peer, received.role, message, time.monotonic()))
+        for peer in self._listener.ended():
+            self.membership.ended(peer, time.monotonic())
+
+    def _send(self, mail: Mail) -> None:
+        for peer, message in mail:
+            self._listener.send(peer, (messages.encode(message),))
+
+    def stop(self) -> None:
+        """Make serve() return. Any thread and any signal handler may call it."""
+        self._stop.set()
+        self._waker.wake()

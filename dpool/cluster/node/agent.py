@@ -1,0 +1,560 @@
+"""The node's agent: one process a machine, which runs the workers of every group that has a part here.
+
+It carries batches from drivers to workers and outcomes back by their headers alone, and unpickles nothing. What is
+lost is ledger.py's to decide, how many workers there should be supervisor.py's. Run by `dpool node`, in the thread
+that calls serve().
+
+    driver  --- TCP, CURVE --->  agent  --- socket pair, one a group --->  workers
+                                   |  --- requests to fork --->  zygote
+    head   <--- TCP, CURVE ------- |
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import termios
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from fcntl import ioctl
+
+import msgspec
+import zmq
+
+from dpool.cluster.node.ledger import Ledger
+from dpool.cluster.node.output import Output
+from dpool.cluster.node.starting import Worker, Zygote, ZygoteContext, memory_bytes
+from dpool.cluster.node.workers import MESSAGE, Workers
+from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
+from dpool.cluster.wire import frames, messages, sessions
+from dpool.cluster.wire.death import Death
+from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, Keys
+from dpool.cluster.wire.links import Dialer, Frame, Listener, Received, Waker, address_of, local_host
+from dpool.engine import GroupSpec
+
+# How often the head hears of this node, and how often the clock is looked at.
+STATE_EVERY_S = 1.0
+# A driver that says nothing for so long is gone. Long, for a driver may be stopped for a while and go on.
+DRIVER_LEASE_S = 60.0
+# One whose connection has ended and that has not come back is gone after this time.
+BROKEN_AFTER_S = 5.0
+# Without a head and without a driver for so long, the node ends.
+ORPHAN_AFTER_S = 300.0
+# A driver that is behind in reading is not sent more of what its workers print.
+MAX_UNREAD_OUTPUT = 64
+# Results of one group that are forwarded before the others have their turn.
+_BURST = 64
+
+Batch = tuple[Frame, list[int]]
+
+
+class Part:
+    """A group's part on this node: its session with the driver, its workers, its books."""
+
+    def __init__(self, session: bytes, now: float) -> None:
+        self.id = session
+        self.session = sessions.Session()
+        self.peer: bytes | None = None
+        self.gone_at = now + DRIVER_LEASE_S
+        self.arrivals = Arrivals()
+        self.functions: dict[int, int] = {}  # number -> the descriptor of its segment
+        self.ledger: Ledger[Batch] = Ledger()
+        self.output = Output()
+        self.group = b""
+        self.workers: Workers | None = None
+        self.initializer = -1
+        self.asks = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.ending = False
+        self.paused = False
+        self.requests: dict[int, int] = {}  # a worker's question -> the socket it waits at
+
+    def close(self) -> None:
+        """Give every descriptor back; its workers must have ended or be ending."""
+        if self.workers is not None:
+            self.workers.close()
+        self.arrivals.close()
+        self.output.close()
+        batches = [message for _, _, message in self.ledger.waiting]
+        for descriptor in (*self.functions.values(), *self.requests.values(), *(d for _, ds in batches for d in ds)):
+            os.close(descriptor)
+        if self.initializer >= 0:
+            os.close(self.initializer)
+        for end in self.asks:
+            end.close()
+
+
+class Agent:
+    """Listens from the moment it is made. Raises ValueError for a bad address, OSError for one that is taken."""
+
+    def __init__(self, keys: Keys, head: str, bind: str | None, cpus: int, log: Callable[[str], object]) -> None:
+        self._context = zmq.Context()
+        self._log = log
+        try:
+            host = local_host(head)
+            self._listener = Listener(self._context, keys, AGENT, bind or address_of(host, 0))
+        except BaseException:
+            self._context.term()
+            raise
+        self.address = self._listener.address
+        self._head = Dialer(self._context, keys, AGENT, HEAD, head, again=True)
+        self._waker = Waker()
+        self._waker.add(self._listener.descriptors)
+        self._waker.add(self._head.descriptors)
+        self.id = os.urandom(16)
+        self._cpus = cpus
+        self._memory = memory_bytes()
+        self._number = 0
+        self._versions = messages.Versions.here()
+        self._zygote = Zygote()
+        self._zygote.start()
+        self._parts: dict[bytes, Part] = {}
+        self._by_peer: dict[bytes, Part] = {}
+        self._by_descriptor: dict[int, Part] = {}
+        self._ended: dict[bytes, None] = {}  # sessions of late, so that a driver that resumes one learns its end
+        self._tasks_done = 0
+        self._stop = threading.Event()
+        self._alone_since = time.monotonic()
+        self.joined = threading.Event()
+        self.refused = ""  # why the head does not take this node
+        self._said = ""
+
+    # -- the loop
+
+    def serve(self) -> None:
+        """Until stop() is called, here or by `dpool stop`, or nobody has needed this node for long."""
+        now = time.monotonic()
+        state_at = now
+        try:
+            while not self._stop.is_set() and not self.refused:
+                now = time.monotonic()
+                if now >= state_at:
+                    self._say_state()
+                    self._look_around(now)
+                    state_at = now + STATE_EVERY_S
+                deadline = state_at
+                for part in self._parts.values():
+                    if part.ledger.deadline is not None:
+                        deadline = min(deadline, part.ledger.deadline)
+                    if part.ending:
+                        deadline = min(deadline, now + 0.05)
+                ready = self._waker.wait(deadline - now)
+                self._listener.authenticate()
+                for descriptor in ready:
+                    part_or_none = self._by_descriptor.get(descriptor)
+                    if part_or_none is not None:
+                        self._on_part(part_or_none, descriptor)
+                for part in [part for part in self._parts.values() if part.ending or part.ledger.deadline is not None]:
+                    self._on_time(part, time.monotonic())
+                # Last, and until there is nothing: sending, too, may use up the news of what has come.
+                for message in self._head.receive():
+                    self._from_head(message[0])
+                self._head.watch()
+                self._report_link()
+                for received in self._listener.receive():
+                    self._from_driver(received)
+                for peer in self._listener.ended():
+                    self._on_broken(peer, time.monotonic())
+        finally:
+            self._end()
+
+    def stop(self) -> None:
+        """Make serve() return. Any thread and any signal handler may call it."""
+        self._stop.set()
+        self._waker.wake()
+
+    def _end(self) -> None:
+        self._head.send((messages.encode(messages.Leaving(self.id)),))
+        for part in list(self._parts.values()):
+            self._drop(part)
+        self._head.close(linger_ms=200)
+        self._listener.close()
+        self._waker.close()
+        self._context.term()
+        self._zygote.close()
+
+    # -- the head
+
+    def _say_state(self) -> None:
+        self._number += 1
+        groups: dict[str, int] = {}
+        running = 0
+        for part in self._parts.values():
+            if part.workers is not None:
+                name = part.group.hex()
+                groups[name] = groups.get(name, 0) + part.workers.count
+                running += part.ledger.running
+        self._head.send((messages.encode(messages.NodeState(
+            self.id, self._number, socket.gethostname(), [self.address], self._cpus, self._versions, self._memory,
+            groups, self._tasks_done + sum(part.ledger.tasks_done for part in self._parts.values()), running)),))
+
+    def _from_head(self, data: Frame) -> None:
+        try:
+            message = messages.from_head.decode(data)
+        except msgspec.DecodeError:
+            return
+        if isinstance(message, messages.Welcome):
+            if not self.joined.is_set():
+                self.joined.set()
+                self._log(f"joined the cluster at {self._head.address}")
+        elif isinstance(message, messages.Refused):
+            self.refused = message.reason
+        elif isinstance(message, messages.StopCluster):
+            self._stop.set()
+
+    def _report_link(self) -> None:
+        """Say once what is wrong with the connection to the head, and once that it is there again."""
+        if self._head.connected:
+            if self._said:
+                self._say_state()
+            self._said = ""
+        elif self._head.failure and self._head.failure != self._said:
+            self._said = self._head.failure
+            self._log(f"no connection to the head at {self._head.address}: {self._head.failure}; trying on")
+
+    def _look_around(self, now: float) -> None:
+        """Drop the parts of drivers that are gone; end when nobody needs this node any more."""
+        for part in [part for part in self._parts.values() if part.gone_at <= now]:
+            self._drop(part)
+        if self._parts or self._head.connected:
+            self._alone_since = now
+        elif now - self._alone_since > ORPHAN_AFTER_S:
+            self._log("no head and no driver for five minutes: this node ends")
+            self._stop.set()
+
+    # -- drivers
+
+    def _from_driver(self, received: Received) -> None:
+        if received.role != DRIVER or len(received.frames[0]) < sessions.HEADER.size:
+            return
+        head = received.frames[0]
+        kind, flags, segments, _, number, acknowledged = sessions.HEADER.unpack_from(head)
+        body = head[sessions.HEADER.size:]
+        try:
+            if not number and kind == sessions.CONTROL:
+                self._on_connection(received.peer, messages.to_node.decode(body))
+                return
+            part = self._by_peer.get(received.peer)
+            if part is None or kind not in sessions.KINDS:
+                return
+            if part.session.accept(kind, number, acknowledged):
+                self._on_message(part, kind, flags, segments, body, received.frames)
+            if part.session.owes_acknowledgement:
+                self._listener.send(received.peer, part.session.acknowledgement())
+            if part.paused and len(part.session.unacknowledged) < MAX_UNREAD_OUTPUT:
+                part.paused = False
+                self._waker.add(part.output.descriptors)
+        except (msgspec.DecodeError, sessions.ProtocolError, BadPiece, OSError, ValueError) as error:
+            # It has the key, and talks nonsense, or there is no memory for what it sends: its session ends.
+            part = self._by_peer.get(received.peer)
+            if part is not None:
+                self._post(part, messages.Failed(f"{type(error).__name__}: {error}"))
+                self._drop(part)
+
+    def _on_connection(self, peer: bytes, message: messages.ToNode) -> None:
+        """A message about a connection or session as a whole."""
+        now = time.monotonic()
+        if isinstance(message, messages.Pulse):
+            part = self._parts.get(message.session)
+            if part is None:
+                self._answer(peer, messages.Gone(message.session))
+                return
+            part.gone_at = now + DRIVER_LEASE_S
+            part.session.acknowledged(message.received)
+            self._answer(peer, messages.Pulse(message.session, part.session.received))
+        elif isinstance(message, messages.Resume):
+            part = self._parts.get(message.session)
+            if part is None:
+                if not message.new or message.session in self._ended:
+                    self._answer(peer, messages.Gone(message.session))
+                    return
+                part = self._parts[message.session] = Part(message.session, now)
+            if part.peer is not None:
+                self._by_peer.pop(part.peer, None)
+            part.peer = peer
+            self._by_peer[peer] = part
+            part.gone_at = now + DRIVER_LEASE_S
+            again = part.session.resume(message.received)
+            self._answer(peer, messages.Resumed(message.session, part.session.received))
+            for resent in again:
+                self._listener.send(peer, resent)
+        elif isinstance(message, messages.Bye):
+            part = self._parts.get(message.session)
+            if part is not None:
+                self._drop(part)
+
+    def _answer(self, peer: bytes, message: messages.Message) -> None:
+        header = sessions.HEADER.pack(sessions.CONTROL, 0, 0, 0, 0, 0)
+        self._listener.send(peer, (header + messages.encode(message),))
+
+    def _on_broken(self, peer: bytes, now: float) -> None:
+        part = self._by_peer.pop(peer, None)
+        if part is not None and part.peer == peer:
+            part.peer = None
+            part.gone_at = min(part.gone_at, now + BROKEN_AFTER_S)
+
+    def _on_message(self, part: Part, kind: int, flags: int, segments: int, body: memoryview,
+                    received: list[memoryview]) -> None:
+        if kind == sessions.TASKS:
+            self._on_tasks(part, flags, segments, body)
+        elif kind == sessions.CHUNK:
+            size, start = sessions.CHUNK_HEADER.unpack(body)
+            part.arrivals.add(size, start, received[1])
+        elif kind == sessions.CONTROL:
+            self._on_control(part, messages.to_node.decode(body), segments)
+
+    def _on_tasks(self, part: Part, flags: int, segments: int, body: memoryview) -> None:
+        _, _, _, function, batch, count = frames.TASKS.unpack_from(body)[:6]
+        descriptors = part.arrivals.take(segments)
+        if flags & sessions.FUNCTION_STORED:
+            part.functions[function] = descriptors.pop(0)
+        if flags & (sessions.FUNCTION_STORED | sessions.FUNCTION_KNOWN):
+            # A descriptor of its own for each batch, so that all are closed alike.
+            descriptors.insert(0, os.dup(part.functions[function]))
+        part.ledger.add(batch, count, (body, descriptors))
+        self._hand_over(part)
+
+    def _hand_over(self, part: Part) -> None:
+        """Put waiting batches into the workers' socket, until it is full."""
+        workers, ledger = part.workers, part.ledger
+        while workers is not None and (message := ledger.next()) is not None:
+            body, descriptors = message
+            try:
+                if not workers.send([body], descriptors):  # type: ignore[list-item]
+                    return
+            except OSError:
+                return  # the workers are ending: the driver has asked for it
+            ledger.handed_over()
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _on_control(self, part: Part, message: messages.ToNode, segments: int) -> None:
+        workers = part.workers
+        if isinstance(message, messages.Open):
+            self._open(part, message, segments)
+        elif workers is None:
+            return
+        elif isinstance(message, messages.Demand):
+            before = {process.pid for process in workers.processes}
+            workers.supervisor.demand(message.workers, 0)
+            self._start(part, workers, before)
+        elif isinstance(message, messages.Steal):
+            self._steal(part, workers, message.batch)
+        elif isinstance(message, messages.CloseTasks):
+            part.ending = True
+            self._close_tasks(part, workers)
+        elif isinstance(message, messages.Kill):
+            part.ending = True
+            for _, _, (_, descriptors) in part.ledger.waiting:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            part.ledger.waiting.clear()
+            workers.kill(message.at_once)
+        elif isinstance(message, messages.Signal):
+            for pidfd, slot in workers._pidfds.items():
+                if slot == message.slot:
+                    signal.pidfd_send_signal(pidfd, message.number)
+        elif isinstance(message, messages.Forget):
+            descriptor = part.functions.pop(message.function, -1)
+            if descriptor >= 0:
+                os.close(descriptor)
+        elif isinstance(message, messages.Found):
+            self._on_found(part, message, segments)
+
+    # -- groups
+
+    def _open(self, part: Part, message: messages.Open, segments: int) -> None:
+        descriptors = part.arrivals.take(segments)
+        part.initializer = descriptors[0] if message.initializer else -1
+        if part.workers is not None:
+            raise ValueError("a session was opened twice")
+        if conflict := self._versions.conflict(message.versions):
+            self._post(part, messages.Failed(f"the node on {socket.gethostname()} cannot be used: {conflict}"))
+            return
+        part.group = message.group
+        request = {"authkey": message.authkey.hex(), "argv": message.argv, "directory": message.directory}
+        context = ZygoteContext(self._zygote, message.first_number, request, part.asks[1].fileno(), part.output,
+                                part.initializer)
+        spec = GroupSpec(message.workers, context, None, (), message.max_tasks,  # type: ignore[arg-type]
+                         on_demand=message.on_demand, worker_name=message.worker_name)
+        part.workers = workers = Workers(spec)
+        # What a worker needs to be forked; kept open as long as the part.
+        try:
+            workers.open()
+        except OSError as error:
+            part.workers = None
+            self._post(part, messages.Failed(f"no worker can be started on {socket.gethostname()}: {error}"))
+            return
+        for descriptor in (workers._poll.fileno(), part.asks[0].fileno()):
+            self._by_descriptor[descriptor] = part
+            self._waker.add([descriptor])
+        self._watch_output(part)
+        self._post(part, messages.Opened(_slots(workers)))
+
+    def _start(self, part: Part, workers: Workers, before: set[int]) -> None:
+        """Start the workers that are missing, and tell the driver which are new."""
+        try:
+            workers.start()
+        except OSError as error:
+            if not workers.count:
+                self._post(part, messages.Failed(f"no worker can be started on {socket.gethostname()}: {error}"))
+        self._watch_output(part)
+        new = [slot for slot in _slots(workers) if slot.pid not in before]
+        if new:
+            self._post(part, messages.Started(new))
+
+    def _watch_output(self, part: Part) -> None:
+        for descriptor in part.output.fresh:
+            self._by_descriptor[descriptor] = part
+        if not part.paused:
+            self._waker.add(part.output.fresh)
+        part.output.fresh.clear()
+
+    def _steal(self, part: Part, workers: Workers, batch: int) -> None:
+        message = part.ledger.take_back(batch)
+        if message is not None:
+            for descriptor in message[1]:
+                os.close(descriptor)
+            self._post(part, messages.Lost(batch))
+            return
+        self._post(part, messages.Stolen(batch, workers.steal(batch)))
+
+    def _close_tasks(self, part: Part, workers: Workers) -> None:
+        if not part.ledger.waiting:
+            workers.close_tasks()
+
+    # -- workers
+
+    def _on_part(self, part: Part, descriptor: int) -> None:
+        workers = part.workers
+        if workers is None:
+            return
+        if descriptor == part.asks[0].fileno():
+            self._on_question(part)
+            return
+        if descriptor != workers._poll.fileno():
+            self._on_output(part, descriptor)
+            return
+        for _ in range(_BURST):
+            events = workers.poll(0)
+            if not events:
+                break
+            for kind, what, descriptors in events:
+                if kind == MESSAGE:
+                    self._on_results(part, what, descriptors)
+                else:
+                    self._on_death(part, workers, what)
+        if part.ledger.waiting:
+            self._hand_over(part)
+
+    def _on_results(self, part: Part, message: memoryview, descriptors: list[int]) -> None:
+        flags, _, _, batch, _, count = frames.RESULTS.unpack_from(message)[:6]
+        part.ledger.reported(batch, count, bool(flags & frames.DONE))
+        for descriptor in descriptors:
+            self._post_segment(part, descriptor)
+            os.close(descriptor)
+        self._send(part, part.session.wrap(sessions.RESULTS, (message,), segments=len(descriptors)))
+
+    def _on_death(self, part: Part, workers: Workers, death: Death) -> None:
+        part.ledger.died(death.batch, workers.claimed(), time.monotonic())
+        before = {process.pid for process in workers.processes}
+        self._post(part, messages.Died(death.slot, death.pid, death.exitcode, death.batch, death.task, death.ready,
+                                       death.trace, death.expected, workers.supervisor.failed_starts))
+        if not part.ending and not workers.supervisor.hopeless:
+            self._start(part, workers, before)
+
+    def _on_time(self, part: Part, now: float) -> None:
+        workers = part.workers
+        if workers is None:
+            return
+        if part.ending:
+            self._on_part(part, workers._poll.fileno())  # its poll() also keeps the time of kill()
+            if not workers.supervisor.closing:
+                self._close_tasks(part, workers)
+        if part.ledger.deadline is not None and part.ledger.deadline <= now:
+            for batch in part.ledger.lost(workers.claimed(), _unread(workers), now):
+                self._post(part, messages.Lost(batch))
+
+    def _on_output(self, part: Part, descriptor: int) -> None:
+        stream, lines, ended = part.output.read(descriptor)
+        if ended:
+            self._by_descriptor.pop(descriptor, None)
+        if lines:
+            self._post(part, messages.Output(stream, lines))
+        if len(part.session.unacknowledged) >= MAX_UNREAD_OUTPUT and not part.paused:
+            part.paused = True
+            self._waker.remove(part.output.descriptors)
+
+    # -- modules of the driver's
+
+    def _on_question(self, part: Part) -> None:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(part.asks[0], 4096, 1)
+        except OSError:
+            return
+        if len(descriptors) != 1:
+            return
+        part.requests[descriptors[0]] = descriptors[0]
+        self._post(part, messages.Wanted(descriptors[0], data.decode("utf-8", "replace")))
+
+    def _on_found(self, part: Part, message: messages.Found, segments: int) -> None:
+        found = part.arrivals.take(segments)
+        asker = part.requests.pop(message.request, -1)
+        if asker >= 0:
+            with socket.socket(fileno=asker) as worker:
+                worker.setblocking(False)
+                try:
+                    socket.send_fds(worker, [b"y" if message.found else b"n"], found)
+                except OSError:
+                    pass  # it has ended meanwhile
+        for descriptor in found:
+            os.close(descriptor)
+
+    # -- sending
+
+    def _post(self, part: Part, message: messages.Message) -> None:
+        self._send(part, part.session.wrap(sessions.CONTROL, (messages.encode(message),)))
+
+    def _post_segment(self, part: Part, descriptor: int) -> None:
+        for size, start, piece in pieces(descriptor):
+            self._send(part, part.session.wrap(sessions.CHUNK, (sessions.CHUNK_HEADER.pack(size, start),),
+                                               beside=piece))
+
+    def _send(self, part: Part, message: sessions.Frames) -> None:
+        if part.peer is not None:
+            self._listener.send(part.peer, message)
+
+    # -- the end of a part
+
+    def _drop(self, part: Part) -> None:
+        """Forget a part at once: what still runs of it is killed."""
+        self._parts.pop(part.id, None)
+        if part.peer is not None:
+            self._by_peer.pop(part.peer, None)
+        self._ended[part.id] = None
+        if len(self._ended) > 10_000:
+            del self._ended[next(iter(self._ended))]
+        self._tasks_done += part.ledger.tasks_done
+        mine = [descriptor for descriptor, owner in self._by_descriptor.items() if owner is part]
+        self._waker.remove(mine)
+        for descriptor in mine:
+            del self._by_descriptor[descriptor]
+        # The end of its lifeline kills every worker and what it has started, whatever it is doing.
+        part.close()
+
+
+def _slots(workers: Workers) -> list[messages.Slot]:
+    found = []
+    for slot, process in workers._slots.items():
+        assert isinstance(process, Worker)
+        found.append(messages.Slot(slot, process.pid, process.name))
+    return found
+
+
+def _unread(workers: Workers) -> bool:
+    """Whether there is something in the socket that no worker has taken."""
+    unread = array("i", [0])
+    ioctl(workers._tasks_end, termios.FIONREAD, unread)
+    return unread[0] > 0

@@ -1,0 +1,96 @@
+"""Keeps account of the batches that a node was given for a group: which wait, which workers have, which are lost.
+
+Pure: reads no clock and no socket; what workers claim to be in, and whether their socket is empty, are arguments.
+Called by node/agent.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Generic, TypeVar
+
+# A batch that no worker is in is given up as lost after a worker's death if it still is in none after this time.
+# Longer than a worker needs from taking a message off the socket to saying so.
+LOST_AFTER_S = 0.1
+
+Message = TypeVar("Message")
+
+
+class Ledger(Generic[Message]):
+    """The books about one part's batches. `Message` is what is handed to a worker."""
+
+    def __init__(self) -> None:
+        self.handed: dict[int, int] = {}  # batch -> its tasks; in the order in which they went into the socket
+        self.waiting: deque[tuple[int, int, Message]] = deque()  # the socket was full
+        self._suspects: dict[int, float] = {}  # batch -> when to decide whether it is lost
+        self.tasks_done = 0
+
+    def add(self, batch: int, tasks: int, message: Message) -> None:
+        """A batch has come; it waits until next() hands it over."""
+        self.waiting.append((batch, tasks, message))
+
+    def next(self) -> Message | None:
+        """What to put into the socket next; call handed_over() if it went in."""
+        return self.waiting[0][2] if self.waiting else None
+
+    def handed_over(self) -> None:
+        batch, tasks, _ = self.waiting.popleft()
+        self.handed[batch] = tasks
+
+    def take_back(self, batch: int) -> Message | None:
+        """A batch that waits does so no longer; None if it is not waiting."""
+        for index, (number, _, message) in enumerate(self.waiting):
+            if number == batch:
+                del self.waiting[index]
+                return message
+        return None
+
+    def reported(self, batch: int, count: int, done: bool) -> None:
+        """A worker has reported so many tasks, and perhaps left the batch."""
+        self.tasks_done += count
+        if done:
+            self.handed.pop(batch, None)
+            self._suspects.pop(batch, None)
+
+    def died(self, batch: int, claimed: dict[int, int], now: float) -> None:
+        """A worker has ended, in `batch` or in none (0): it may have taken another and not said so yet."""
+        self.handed.pop(batch, None)
+        for number in self.handed:
+            if number not in claimed:
+                self._suspects.setdefault(number, now + LOST_AFTER_S)
+
+    @property
+    def deadline(self) -> float | None:
+        """When to ask lost() next."""
+        return min(self._suspects.values(), default=None)
+
+    def lost(self, claimed: dict[int, int], unread: bool, now: float) -> list[int]:
+        """The batches that no worker has begun and none will. `unread`: something is still in the socket."""
+        due = [batch for batch, when in self._suspects.items() if when <= now]
+        if not due:
+            return []
+        order = {batch: index for index, batch in enumerate(self.handed)}
+        # Messages leave the socket in the order in which they went in.
+        latest = max((order[batch] for batch in claimed if batch in order), default=-1)
+        lost = []
+        for batch in due:
+            if batch in claimed or batch not in order:
+                del self._suspects[batch]
+            elif unread and order[batch] > latest:
+                self._suspects[batch] = now + LOST_AFTER_S  # it may be in there
+            else:
+                del self._suspects[batch]
+                lost.append(batch)
+        for batch in lost:
+            del self.handed[batch]
+        return lost
+
+    @property
+    def running(self) -> int:
+        """Tasks that were handed over and whose batch is not done."""
+        return sum(self.handed.values())
+
+    def validate(self) -> None:
+        """Raise AssertionError unless the books agree. For tests."""
+        assert set(self._suspects) <= set(self.handed)
+        assert not {number for number, _, _ in self.waiting} & set(self.handed)

@@ -1,0 +1,362 @@
+"""What head, nodes and drivers say to each other: a closed set of messages, checked field by field when decoded.
+
+Types and their encoding only. What comes from the network passes decode() before anything else looks at it; unknown
+fields are ignored, so that a newer peer may say more. Used by head, node and driver.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+# Raised with every change that an older peer would misunderstand: peers of another number refuse each other.
+PROTOCOL = 1
+# What a control message may measure at most. Tasks, results and objects are not control messages.
+MAX_CONTROL_BYTES = 1 << 20
+
+Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Name = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=65536)]
+Count = Annotated[int, Meta(ge=0, le=1 << 20)]
+Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """What every message is."""
+
+
+class Versions(msgspec.Struct, frozen=True):
+    """What two processes must have in common to work together."""
+
+    protocol: int
+    python: Name
+    dpool: Name
+
+    @staticmethod
+    def here() -> Versions:
+        from dpool import __version__
+
+        return Versions(PROTOCOL, f"{sys.version_info.major}.{sys.version_info.minor}", __version__)
+
+    def conflict(self, other: Versions) -> str:
+        """Why `other` cannot work with this one, as half a sentence; "" if it can."""
+        if self.protocol != other.protocol:
+            return (f"dpool {other.dpool} with protocol {other.protocol} does not fit dpool {self.dpool} with protocol "
+                    f"{self.protocol}: install the same dpool on both sides")
+        if self.python != other.python:
+            return f"Python {other.python} does not fit Python {self.python}: use the same minor version on both sides"
+        return ""
+
+
+# -- said once a second, whole: a lost, doubled or late one does no harm, and a new head knows all after a second
+
+
+class NodeState(Message, frozen=True):
+    """A node to the head: I am here, this is what I have, this is what runs here."""
+
+    node: Id
+    number: Number  # counts up; an older one that comes late is dropped
+    host: Name
+    addresses: Annotated[list[Name], Meta(max_length=64)]
+    cpus: Count
+    versions: Versions
+    memory_bytes: Number = 0
+    groups: dict[str, Count] = {}  # group, in hexadecimal -> workers of it
+    tasks_done: Number = 0
+    tasks_running: Number = 0
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A node's share of a group."""
+
+    node: Id
+    workers: Count
+
+
+class GroupState(msgspec.Struct, frozen=True):
+    """A group as its driver sees it. `wanted` workers, 0 for as many as the cluster has CPUs; `epoch` is of the last
+    placement the driver has followed; `avoid` are nodes that the driver cannot reach."""
+
+    group: Id
+    wanted: Count
+    epoch: Number
+    parts: list[Part] = []
+    avoid: list[Id] = []
+
+
+class DriverState(Message, frozen=True):
+    """A driver to the head: I am here, these are my groups."""
+
+    driver: Id
+    number: Number
+    host: Name
+    pid: Number
+    versions: Versions
+    groups: list[GroupState] = []
+
+
+# -- the head's answers
+
+
+class Welcome(Message, frozen=True):
+    """To a node or driver, for each state it sends."""
+
+    cluster: Id
+    nodes: Count
+    cpus: Count
+
+
+class Refused(Message, frozen=True):
+    """To a node or driver that cannot be part of this cluster."""
+
+    reason: Text
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A node of a placement: who it is, how to reach it, how many workers to ask it for."""
+
+    node: Id
+    addresses: list[Name]
+    host: Name
+    workers: Count
+
+
+class Placed(Message, frozen=True):
+    """To a driver: the group should have these parts. Never fewer workers on a node than the driver said it has."""
+
+    group: Id
+    epoch: Number
+    members: list[Member]
+
+
+class Ask(Message, frozen=True):
+    """To the head: what is the state of the cluster?"""
+
+
+class StopCluster(Message, frozen=True):
+    """To the head: end the cluster. From the head: end."""
+
+
+class NodeReport(msgspec.Struct, frozen=True):
+    """One node in a Report."""
+
+    node: str
+    host: str
+    addresses: list[str]
+    cpus: int
+    memory_bytes: int
+    workers: int
+    tasks_running: int
+    tasks_done: int
+    python: str
+    dpool: str
+    seen_s: float
+
+
+class DriverReport(msgspec.Struct, frozen=True):
+    """One driver in a Report; `groups` is group -> node -> workers."""
+
+    driver: str
+    host: str
+    pid: int
+    groups: dict[str, dict[str, int]]
+
+
+class Report(Message, frozen=True):
+    """The answer to Ask."""
+
+    cluster: str
+    python: str
+    dpool: str
+    nodes: list[NodeReport]
+    drivers: list[DriverReport]
+
+
+class Leaving(Message, frozen=True):
+    """A node or driver to the head: I end, in order."""
+
+    who: Id
+
+
+# -- a driver to a node, inside a session
+
+
+class Open(Message, frozen=True):
+    """Start `workers` workers for a group. The segment that came before it, if `initializer`, is the pickle of the
+    initializer and its arguments; the node does not look into it."""
+
+    session: Id
+    group: Id
+    driver: Id
+    versions: Versions
+    workers: Annotated[int, Meta(ge=1, le=1 << 16)]
+    worker_name: Name
+    first_number: Count
+    max_tasks: Annotated[int, Meta(ge=1)] | None = None
+    on_demand: bool = False
+    initializer: bool = False
+    authkey: Annotated[bytes, Meta(max_length=4096)] = b""
+    directory: Text = ""
+    argv: list[Text] = []
+
+
+class Resume(Message, frozen=True):
+    """The first message on a connection: which session it carries, and what of it I have received. `new`: the node
+    has not answered yet, so it may never have heard of the session."""
+
+    session: Id
+    received: Number
+    new: bool = False
+
+
+class Pulse(Message, frozen=True):
+    """Said once a second on a connection of its own, and echoed: I am alive, this is what I have received."""
+
+    session: Id
+    received: Number
+
+
+class Demand(Message, frozen=True):
+    """There is work for so many workers."""
+
+    workers: Count
+
+
+class Steal(Message, frozen=True):
+    """Take back the tasks of this batch that are not begun."""
+
+    batch: Number
+
+
+class CloseTasks(Message, frozen=True):
+    """No more tasks will come: the workers end after those that have."""
+
+
+class Kill(Message, frozen=True):
+    """End the workers: now, or with some patience for those that are ending by themselves."""
+
+    at_once: bool = True
+
+
+class Signal(Message, frozen=True):
+    """Send a signal to one worker."""
+
+    slot: Count
+    number: Annotated[int, Meta(ge=1, le=64)]
+
+
+class Forget(Message, frozen=True):
+    """The function's segment will not be needed again."""
+
+    function: Number
+
+
+class Bye(Message, frozen=True):
+    """The session is over; nothing of it is wanted any more."""
+
+    session: Id
+
+
+# -- a node to a driver, inside a session
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """A worker of a part: which, and its process."""
+
+    slot: Count
+    pid: Number
+    name: Name
+
+
+class Opened(Message, frozen=True):
+    """The group's part is there."""
+
+    workers: list[Slot]
+
+
+class Failed(Message, frozen=True):
+    """The part cannot be opened, or no worker of it can be started."""
+
+    reason: Text
+
+
+class Gone(Message, frozen=True):
+    """There is no such session here, or no longer: this node has nothing of it."""
+
+    session: Id
+
+
+class Resumed(Message, frozen=True):
+    """The session goes on on this connection: this is what I have received."""
+
+    session: Id
+    received: Number
+
+
+class Started(Message, frozen=True):
+    """These workers are new."""
+
+    workers: list[Slot]
+
+
+class Died(Message, frozen=True):
+    """A worker has ended: dpool.cluster.node.workers.Death, and how many in a row ended before they were ready."""
+
+    slot: Count
+    pid: Number
+    exitcode: int | None
+    batch: Number
+    task: Number
+    ready: bool
+    trace: Text
+    expected: bool
+    failed_starts: Count
+
+
+class Lost(Message, frozen=True):
+    """No worker has begun this batch, and none will."""
+
+    batch: Number
+
+
+class Stolen(Message, frozen=True):
+    """The last `count` tasks of the batch were not begun and will not be."""
+
+    batch: Number
+    count: Count
+
+
+class Output(Message, frozen=True):
+    """What workers have written to stdout (1) or stderr (2): whole lines."""
+
+    stream: Annotated[int, Meta(ge=1, le=2)]
+    data: bytes
+
+
+class Wanted(Message, frozen=True):
+    """A worker asks for a module of the driver's."""
+
+    request: Number
+    name: Name
+
+
+class Found(Message, frozen=True):
+    """The answer to Wanted. The segment that came before it, if `found`, is what the worker knows how to read."""
+
+    request: Number
+    found: bool
+
+
+ToHead = NodeState | DriverState | Ask | StopCluster | Leaving
+FromHead = Welcome | Refused | Placed | Report | StopCluster
+ToNode = Open | Resume | Pulse | Demand | Steal | CloseTasks | Kill | Signal | Forget | Bye | Found
+FromNode = (Opened | Failed | Gone | Resumed | Pulse | Started | Died | Lost | Stolen | Output | Wanted)
+
+encode = msgspec.msgpack.Encoder().encode
+to_head = msgspec.msgpack.Decoder(ToHead)
+from_head = msgspec.msgpack.Decoder(FromHead)
+to_node = msgspec.msgpack.Decoder(ToNode)
+from_node = msgspec.msgpack.Decoder(FromNode)

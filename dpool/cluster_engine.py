@@ -1,0 +1,53 @@
+"""The cluster engine: groups whose workers are on the nodes of a cluster.
+
+Composes a client with a port for each group and keeps no list of them; used by session.py, the only place that names
+it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from dpool.cluster.driver.client import Client
+from dpool.cluster.driver.group import Group
+from dpool.cluster.driver.remote import ClusterPort
+from dpool.cluster.wire import keys as cluster_keys
+from dpool.engine import GroupSpec
+from dpool.errors import ForeignProcess
+
+# How long the head may take to answer.
+CONNECT_TIMEOUT_S = 10.0
+
+
+class ClusterEngine:
+    """Opens groups on the cluster at an address; implements dpool.engine.Engine.
+
+    Raises KeyProblem without a good key, ValueError for an address that is none, ClusterError if no head of a dpool
+    cluster with that key answers there within CONNECT_TIMEOUT_S.
+    """
+
+    def __init__(self, address: str, key: str | os.PathLike[str] | None = None) -> None:
+        self._client = Client(cluster_keys.find(key), address)
+        self._pid = os.getpid()
+        try:
+            self._client.connect(CONNECT_TIMEOUT_S)
+        except BaseException:
+            self._client.close()
+            raise
+
+    def cpus(self) -> int:
+        """How many CPUs the cluster has now; at least 1."""
+        return max(self._client.cpus, 1)
+
+    def open_group(self, spec: GroupSpec) -> Group:
+        """Have the workers placed and started. Raises ClusterError if there is no node, or none answers."""
+        if self._pid != os.getpid():
+            raise ForeignProcess(f"this process was forked from {self._pid}, which is connected to a cluster: call "
+                                 f"dpool.init() here to be connected, too")
+        port = ClusterPort(self._client, spec)
+        port.open()
+        return Group(spec, port, port.supervisor)
+
+    def close(self) -> None:
+        """Leave the cluster; groups that are still open lose their nodes."""
+        self._client.close()
