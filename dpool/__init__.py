@@ -26,6 +26,13 @@ _names = {
     "GroupBroken": "dpool.errors",
     "GroupTerminated": "dpool.errors",
     "RemoteError": "dpool.errors",
+    "ObjectStoreFull": "dpool.errors",
+    "ObjectLost": "dpool.errors",
+    "ObjectRef": "dpool.objects",
+    "put": "dpool.objects",
+    "get": "dpool.objects",
+    "wait": "dpool.objects",
+    "memory_summary": "dpool.objects",
 }
 
 __all__ = ["__version__", *_names]

@@ -15,6 +15,10 @@ CREDITS_PER_WORKER = 2
 # waits less behind a long one. Longer: fewer false alarms when the machine is busy.
 STEAL_AFTER_S = 0.005
 
+# While every worker has work nothing need be taken from any; this often that is looked at anew, beside the results that
+# come in. Shorter: the driver wakes more often during long tasks.
+STEAL_RECHECK_S = 0.05
+
 
 def batch_size(estimate_ns: int | None, queued: int, workers: int, cap: int = MAX_BATCH_TASKS) -> int:
     """How many tasks the next batch takes: at least 1, at most `cap`.

@@ -1,6 +1,6 @@
 """The exceptions that are dpool's own: one tree, so that `except DpoolError` catches them all.
 
-Where the standard library has an exception for a case, the doors raise the standard library's. Imports nothing of dpool.
+Where the standard library has an exception for a case, the doors raise that. Imports nothing of dpool.
 """
 
 from __future__ import annotations
@@ -70,3 +70,20 @@ class KeyProblem(ClusterError):
 
 class NodeLost(DpoolError, RuntimeError):
     """The nodes that were running this task were lost, one after the other, too many times to try another."""
+
+
+class ObjectStoreFull(DpoolError, MemoryError):
+    """There is no room for a value, not even after spilling what can be spilled. Sizes are in bytes."""
+
+    def __init__(self, message: str, needed: int = 0, held: int = 0, limit: int = 0) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.held = held
+        self.limit = limit
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.needed, self.held, self.limit)
+
+
+class ObjectLost(DpoolError, RuntimeError):
+    """A stored object can no longer be had: its spill file is damaged, or its store has ended."""

@@ -20,7 +20,7 @@ import zmq
 from dpool import __version__
 from dpool.cluster.wire import keys as cluster_keys
 from dpool.cluster.wire import links, messages
-from dpool.errors import ClusterError, DpoolError
+from dpool.errors import ClusterError, DpoolError, KeyProblem
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7077"
 # How long a command waits for the head's answer.
@@ -99,7 +99,7 @@ def _head(options: argparse.Namespace) -> int:
 
     try:
         keys = cluster_keys.find(options.key)
-    except cluster_keys.KeyProblem:
+    except KeyProblem:
         path = cluster_keys.default_path()
         given = options.key is not None or "DPOOL_KEY_FILE" in os.environ or "DPOOL_KEY" in os.environ
         host, _ = links.parse_address(options.bind, any_port=True)
@@ -151,7 +151,8 @@ def _ask(options: argparse.Namespace, question: messages.ToHead) -> messages.Fro
         while (left := end - time.monotonic()) > 0 and not dialer.broken:
             for frames in dialer.receive():
                 try:
-                    return messages.from_head.decode(frames[0])
+                    answer: messages.FromHead = messages.from_head.decode(frames[0])
+                    return answer
                 except msgspec.DecodeError:
                     raise ClusterError(f"the head at {address} speaks another version of dpool's protocol") from None
             dialer.watch()

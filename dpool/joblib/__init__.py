@@ -41,7 +41,7 @@ def watch() -> None:
     if hasattr(sys.modules.get(_TABLE), "register_parallel_backend"):
         _register_quietly()
     elif not any(type(finder) is _Watch for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Watch())
 
 
 def _register_quietly() -> None:
@@ -59,7 +59,7 @@ class _Watch:
         if name != _TABLE:
             return None
         try:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
         except ValueError:
             return None  # another thread is at it
         for finder in sys.meta_path:

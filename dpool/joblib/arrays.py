@@ -198,7 +198,7 @@ def _open(path: str, key: tuple[int, int], dtype: Any, shape: tuple[int, ...], o
             os.close(descriptor)
         return numpy.ndarray(shape, dtype, data, order=order)
     if mode != "r":
-        return numpy.memmap(path, dtype, "r+" if mode == "w+" else mode, 0, shape, order)
+        return numpy.memmap(path, dtype, "r+" if mode == "w+" else mode, 0, shape, order)  # type: ignore[call-overload]
     array = _open_now.get(key)
     if array is None:
         array = _open_now[key] = numpy.memmap(path, dtype, "r", 0, shape, order)

@@ -16,7 +16,7 @@ import threading
 import warnings
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import process
-from multiprocessing.pool import RemoteTraceback
+from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
 
 from joblib import parallel as _joblib
 from joblib.parallel import AutoBatchingMixin, FallbackToBackend, ParallelBackendBase, SequentialBackend, cpu_count
@@ -160,7 +160,7 @@ class DpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
             before = self._seconds_per_call
             # A larger batch says more: what each batch costs, however small, is spread over more calls.
             blended = before is not None and size <= self._sample_size
-            self._seconds_per_call = (before + sample) / 2 if blended else sample  # type: ignore[operator]
+            self._seconds_per_call = (before + sample) / 2 if blended else sample
             self._sample_size = size
         return results
 
@@ -186,13 +186,13 @@ class DpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
         """How many calls the next batch takes, with batch_size="auto": BATCH_RUN_TIME_S of them."""
         seconds = self._seconds_per_call
         if seconds is not None:
-            size = self._effective_batch_size
+            size: int = self._effective_batch_size  # type: ignore[has-type]
             ideal = int(BATCH_RUN_TIME_S / max(seconds, 1e-9))
             self._effective_batch_size = max(min(ideal, size * BATCH_GROWTH), 1)
             if self._effective_batch_size != size and self.parallel.verbose >= 10:
                 self.parallel._print(f"Batch computation took {seconds:.2g}s a task. "
                                      f"Setting batch_size={self._effective_batch_size}.")
-        return self._effective_batch_size  # type: ignore[no-any-return]
+        return self._effective_batch_size
 
     def batch_completed(self, batch_size: int, duration: float) -> None:
         """What joblib measures includes the waiting for a worker; what the worker has measured is used instead."""
@@ -275,7 +275,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def _capacity() -> int:
     """How many workers can run at once: what the engine says, on one machine the processors of this process."""
     capacity = getattr(session.current(), "capacity", None)
-    return capacity() if callable(capacity) else cpu_count()
+    count: int = capacity() if callable(capacity) else cpu_count()
+    return count
 
 
 class Task:

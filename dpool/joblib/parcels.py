@@ -74,7 +74,7 @@ def _pickler() -> Any:
         return _class
     base = session.by_value_pickler()
 
-    class Pickler(base):  # type: ignore[misc]
+    class Pickler(base):  # type: ignore[misc, valid-type]
         """cloudpickle's, with the reductions that programs have registered with multiprocessing, and ours of arrays."""
 
         dispatch_table = ChainMap(*base.dispatch_table.maps,

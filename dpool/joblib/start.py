@@ -9,6 +9,7 @@ groups.
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 from multiprocessing import context, forkserver, popen_forkserver, reduction, spawn, util
 
@@ -30,8 +31,9 @@ class _Server(forkserver.ForkServer):
 
     def forget(self) -> None:
         """In a forked child: the server is the parent's; keep no end of it."""
-        if self._forkserver_alive_fd is not None:  # type: ignore[has-type]
-            os.close(self._forkserver_alive_fd)  # type: ignore[has-type]
+        alive: int | None = self._forkserver_alive_fd  # type: ignore[attr-defined]
+        if alive is not None:
+            os.close(alive)
         self.__init__()  # type: ignore[misc]
 
 
@@ -46,6 +48,8 @@ class _Popen(popen_forkserver.Popen):
         preparation = spawn.get_preparation_data(process_obj._name)
         preparation.pop("init_main_from_name", None)
         preparation.pop("init_main_from_path", None)
+        if preparation.get("start_method") not in multiprocessing.get_all_start_methods():
+            preparation.pop("start_method", None)  # one that joblib's loky has added, in its own processes only
         _server.preload(process_obj._target.__module__, __name__)
         message = io.BytesIO()
         context.set_spawning_popen(self)
@@ -54,16 +58,16 @@ class _Popen(popen_forkserver.Popen):
             reduction.dump(process_obj, message)
         finally:
             context.set_spawning_popen(None)
-        self.sentinel, write_end = _server.connect_to_new_process(self._fds)
+        self.sentinel, write_end = _server.connect_to_new_process(self._fds)  # type: ignore[attr-defined]
         # The worker sees this end go, should the program die.
         kept = os.dup(write_end)
-        self.finalizer = util.Finalize(self, util.close_fds, (kept, self.sentinel))
+        self.finalizer = util.Finalize(self, util.close_fds, (kept, self.sentinel))  # type: ignore[attr-defined]
         with open(write_end, "wb") as pipe:
             pipe.write(message.getbuffer())
         self.pid = forkserver.read_signed(self.sentinel)
 
 
-class CleanProcess(context.ForkServerProcess):
+class Process(context.ForkServerProcess):
     """A process of the server's, in the environment that the program has when it starts it."""
 
     @staticmethod
@@ -74,14 +78,14 @@ class CleanProcess(context.ForkServerProcess):
         return _rebuild, (dict(os.environ),), self.__dict__
 
 
-def _rebuild(environment: dict[str, str]) -> CleanProcess:
+def _rebuild(environment: dict[str, str]) -> Process:
     # Before anything else of the process object is unpickled: that may import libraries that read the environment.
     os.environ.clear()
     os.environ.update(environment)
-    return CleanProcess.__new__(CleanProcess)
+    return Process.__new__(Process)
 
 
 class CleanContext(context.ForkServerContext):
     """The multiprocessing context of groups whose workers share nothing with the program's main module."""
 
-    Process = CleanProcess
+    Process = Process

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
     from dpool.multiprocessing.pool import Pool as _Pool
 
-__all__ = list(_stdlib.__all__)  # type: ignore[attr-defined]
+__all__ = list(_stdlib.__all__)
 
 _contexts: dict[type, Any] = {}
 
 
-def get_context(method: str | None = None) -> Any:
+def get_context(method: str | None = None) -> Any:  # type: ignore[no-redef]
     """The standard library's context for `method`, None for the default one, with dpool's Pool."""
     context = _stdlib.get_context(method)
     kind = type(context)
     if kind not in _contexts:
-        made = type(kind.__name__, (_ContextWithPool, kind), {"__module__": kind.__module__})
+        made: Any = type(kind.__name__, (_ContextWithPool, kind), {"__module__": kind.__module__})
         mine = made.__new__(made)
         mine.__dict__.update(context.__dict__)
         _contexts[kind] = mine

@@ -13,7 +13,7 @@ import threading
 import time
 from multiprocessing import TimeoutError, get_context, util
 from multiprocessing import pool as _stdlib
-from multiprocessing.pool import (
+from multiprocessing.pool import (  # type: ignore[attr-defined]
     CLOSE,
     INIT,
     RUN,
@@ -39,7 +39,7 @@ from dpool.errors import GroupTerminated
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
     from dpool.engine import WorkerGroup
@@ -138,16 +138,18 @@ class Pool(_stdlib.Pool):
             self._group.submit_many(func, items, mode, result, chunksize)
         return result
 
-    def imap(self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int = 1) -> Iterator[Any]:
+    def imap(self, func: Callable[..., Any], iterable: Iterable[Any],
+             chunksize: int | None = 1) -> IMapIterator:
         """Like map(), but an iterator of the results in order, each as soon as it is there. Returns at once."""
-        return self._imap(IMapIterator, func, iterable, chunksize)
+        return self._imap(IMapIterator, func, iterable, chunksize)  # type: ignore[no-any-return]
 
-    def imap_unordered(self, func: Callable[..., Any], iterable: Iterable[Any], chunksize: int = 1) -> Iterator[Any]:
+    def imap_unordered(self, func: Callable[..., Any], iterable: Iterable[Any],
+                       chunksize: int | None = 1) -> IMapIterator:
         """Like imap(), but the results come in whatever order they are ready."""
-        return self._imap(IMapUnorderedIterator, func, iterable, chunksize)
+        return self._imap(IMapUnorderedIterator, func, iterable, chunksize)  # type: ignore[no-any-return]
 
     def _imap(self, make: type[IMapIterator], func: Callable[..., Any], iterable: Iterable[Any],
-              chunksize: int) -> Iterator[Any]:
+              chunksize: Any) -> Any:
         self._check_running()  # type: ignore[attr-defined]
         if chunksize < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
@@ -343,7 +345,7 @@ class _Raise:
         self.error = error
 
 
-class IMapIterator(_stdlib.IMapIterator):
+class IMapIterator(_stdlib.IMapIterator):  # type: ignore[type-arg]
     """The results of imap() in the order of their tasks; a Sink of the group's."""
 
     def __init__(self, pool: Pool) -> None:
@@ -375,7 +377,7 @@ class IMapIterator(_stdlib.IMapIterator):
             raise item.error
         return item
 
-    __next__ = next  # type: ignore[assignment]
+    __next__ = next
 
     def _wait(self, timeout: float | None) -> Any:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -452,7 +454,7 @@ class IMapIterator(_stdlib.IMapIterator):
         return self._length is not None
 
 
-class IMapUnorderedIterator(IMapIterator, _stdlib.IMapUnorderedIterator):
+class IMapUnorderedIterator(IMapIterator, _stdlib.IMapUnorderedIterator):  # type: ignore[type-arg]
     """The results of imap_unordered(), as they come."""
 
     def _queue(self, first: int, items: Sequence[Any]) -> None:
@@ -510,7 +512,7 @@ def to_exception(failure: Failure) -> BaseException:
     """What the standard library's Pool would raise for this failure, or dpool's own where that would hang."""
     error = failure.exception
     if failure.kind == RESULT_LOST:
-        lost = MaybeEncodingError(error, _Repr(failure.value_repr))
+        lost: BaseException = MaybeEncodingError(error, _Repr(failure.value_repr))
         if failure.traceback:
             lost.__cause__ = RemoteTraceback(f'\n"""\n{failure.traceback}"""')
         return lost

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from dpool.batching import CREDITS_PER_WORKER, MAX_BATCH_TASKS, STEAL_AFTER_S, batch_size, blend
+from dpool.batching import CREDITS_PER_WORKER, MAX_BATCH_TASKS, STEAL_AFTER_S, STEAL_RECHECK_S, batch_size, blend
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Job:
     """The tasks of one call of a door: one function, one mode, one sink. Task i is items[i*chunk : (i+1)*chunk]."""
 
     __slots__ = ("function", "timing", "mode", "items", "chunk", "sink", "asks_start", "next", "returned", "queued",
-                 "open", "unsettled", "attempts", "stopped", "__weakref__")
+                 "open", "unsettled", "attempts", "stopped", "shared", "__weakref__")
 
     def __init__(self, function: Any, timing: Timing, mode: int, items: Sequence[Any], sink: Sink, chunk: int = 1,
                  asks_start: bool = False, open: bool = False) -> None:
@@ -52,6 +52,12 @@ class Job:
         self.unsettled = -(-len(items) // chunk)  # tasks without an outcome
         self.attempts: dict[int, int] | None = None  # deaths of workers by task
         self.stopped = False  # its running tasks are to be ended; what comes back unbegun is dropped
+        self.shared: Any = None  # what its tasks have in common and is stored once; the sender's
+
+    def waiting(self) -> list[int]:
+        """The numbers of the tasks that are queued."""
+        ranges = [*(self.returned or ()), (self.next, -(-len(self.items) // self.chunk))]
+        return [task for first, stop in ranges for task in range(first, stop)]
 
     def item(self, task: int) -> Any:
         """What travels as task `task`: an item, or a tuple of `chunk` of them."""
@@ -63,7 +69,8 @@ class Job:
 class Batch:
     """Tasks that travel together: either task 0 of each of `jobs`, or tasks first, first+1, ... of `job`."""
 
-    __slots__ = ("number", "function", "timing", "mode", "jobs", "job", "first", "reported", "stop", "sent_at")
+    __slots__ = ("number", "function", "timing", "mode", "jobs", "job", "first", "reported", "stop", "sent_at",
+                 "steal_at")
 
     def __init__(self, number: int, job: Job, jobs: list[Job] | None, first: int, count: int, now: float) -> None:
         self.number = number
@@ -76,6 +83,7 @@ class Batch:
         self.reported = 0  # tasks before this one have had their outcome reported by the worker
         self.stop = count  # tasks from this one on are not the batch's any more: they were taken back
         self.sent_at = now
+        self.steal_at = now + STEAL_AFTER_S
 
     def task(self, index: int) -> tuple[Job, int]:
         """The job, and the number within it, of the batch's task `index`."""
@@ -106,6 +114,7 @@ class Dispatch:
         self.streams: dict[Job, None] = {}  # open jobs: more items may come
         self.stopping = False  # tasks of stopped jobs may be in flight
         self._number = 0
+        self._look_again_at = 0.0  # everyone had work when should_steal() was last asked
 
     # -- what comes in from the door
 
@@ -119,7 +128,9 @@ class Dispatch:
             self.queued += job.unsettled
 
     def extend(self, job: Job, items: Sequence[Any]) -> None:
-        """An open job has grown by these tasks (its chunk is 1)."""
+        """An open job has grown by these tasks (its chunk is 1). They are dropped if it was sealed, or cancelled."""
+        if not job.open or not items:
+            return
         job.items.extend(items)
         job.unsettled += len(items)
         self.queued += len(items)
@@ -134,11 +145,12 @@ class Dispatch:
 
     def cancel(self, job: Job) -> int:
         """Forget what is queued of `job`; returns the number of tasks dropped. What was sent is left alone."""
-        dropped = self._waiting(job)
-        if job.queued:
-            self.queue.remove(job)
-            job.queued = False
         self.seal(job)
+        if not job.queued:  # also after abandon(), which has told of these tasks
+            return 0
+        dropped = self._waiting(job)
+        self.queue.remove(job)
+        job.queued = False
         self.queued -= dropped
         job.unsettled -= dropped
         job.returned = None
@@ -179,17 +191,18 @@ class Dispatch:
                 job.returned.appendleft((first + size, stop))
                 stop = first + size
             count = stop - first
-        elif job.open or job.unsettled > 1 or len(job.items) != 1:
+        elif job.open or job.unsettled > 1 or len(job.items) != 1 or job.chunk != 1:
             first = job.next
             count = min(size, -(-len(job.items) // job.chunk) - first)
             job.next = first + count
         else:
             # Calls of one task each: those of the same function that stand next to each other travel together.
             jobs = []
-            function, mode = job.function, job.mode
+            function, mode, asks_start = job.function, job.mode, job.asks_start
             while size and queue:
                 job = queue[0]
-                if job.function is not function or job.mode != mode or job.open or len(job.items) != 1 or job.returned:
+                if (job.function is not function or job.mode != mode or job.asks_start != asks_start or job.open
+                        or job.chunk != 1 or len(job.items) != 1 or job.returned):
                     break
                 queue.popleft()
                 job.queued = False
@@ -317,20 +330,32 @@ class Dispatch:
     # -- long tasks in batches of several
 
     def steal_at(self) -> float | None:
-        """When should_steal() is worth asking next; None while no batch of several tasks is in flight."""
-        if self.inflight:
-            # In the order of their sending, so the first one found is the oldest.
-            for batch in self.inflight.values():
-                if batch.stop - batch.reported > 1:
-                    return batch.sent_at + STEAL_AFTER_S
-        return None
+        """When should_steal() is worth asking next, if nothing happens before; None while no batch of several tasks is
+        in flight."""
+        oldest: float | None = None
+        for batch in self.inflight.values():
+            if batch.stop - batch.reported > 1:
+                if oldest is None or batch.steal_at < oldest:
+                    oldest = batch.steal_at
+                if batch.steal_at == batch.sent_at + STEAL_AFTER_S:
+                    break  # those sent later are due later: a thousand workers are not gone through at each result
+        return None if oldest is None else max(oldest, self._look_again_at)
 
     def should_steal(self, now: float) -> list[Batch]:
-        """Batches that keep tasks waiting while workers idle; empty as long as the queue feeds everyone."""
+        """Batches that keep tasks waiting while workers idle; empty as long as the queue feeds everyone.
+
+        A batch is named again only when it has been out for twice as long: perhaps no worker was in it yet, perhaps
+        all its tasks are begun.
+        """
         if self.queue or len(self.inflight) >= self.workers:
+            self._look_again_at = now + STEAL_RECHECK_S
             return []
-        return [batch for batch in self.inflight.values()
-                if batch.stop - batch.reported > 1 and now - batch.sent_at > STEAL_AFTER_S]
+        self._look_again_at = 0.0
+        due = [batch for batch in self.inflight.values()
+               if batch.stop - batch.reported > 1 and batch.steal_at <= now]
+        for batch in due:
+            batch.steal_at = now + (now - batch.sent_at)
+        return due
 
     def stolen(self, number: int, count: int, now: float) -> None:
         """The last `count` tasks of a batch were taken from its worker before it began them."""

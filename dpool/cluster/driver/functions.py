@@ -14,6 +14,7 @@ import types
 
 from dpool.cluster.driver.dispatch import Timing
 from dpool.cluster.store import segments
+from dpool.cluster.store.refs import Sending
 from dpool.cluster.wire import frames, pickling
 from dpool.cluster.wire.functions import by_name, calls_of, dumps_by_value
 
@@ -21,6 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    from dpool.cluster.store.refs import ObjectRef
 
 # Functions by name that are remembered; each entry keeps its function alive. Past it the table starts anew.
 MAX_REMEMBERED = 1024
@@ -35,7 +38,8 @@ class Function:
     `target` is the callable itself, kept to encode it by value should a worker not know it by name.
     """
 
-    __slots__ = ("number", "flags", "inline", "descriptor", "target", "timing", "by_value", "calls")
+    __slots__ = ("number", "flags", "inline", "descriptor", "target", "timing", "by_value", "calls",
+                 "refs")
 
     def __init__(self, target: Callable[..., Any], timing: Timing) -> None:
         self.number = next(_numbers)
@@ -46,6 +50,7 @@ class Function:
         self.calls: list[tuple[str, Any]] = []
         self.flags = 0
         self.inline = b""
+        self.refs: list[ObjectRef] = []  # stored objects that it refers to: they go along with every batch
 
     def encode_by_name(self) -> None:
         """Raises PicklingError or AttributeError if the function is not found under its name."""
@@ -56,10 +61,11 @@ class Function:
         """As a plain pickle with large buffers beside it, by value if that fails."""
         buffers: list[memoryview] = []
         try:
-            data = pickling.dumps(self.target, buffers)
+            with Sending() as sending:
+                data = pickling.dumps(self.target, buffers)
         except Exception:
             return self.encode_by_value()
-        self._place(data, buffers)
+        self._place(data, buffers, sending)
 
     def encode_by_value(self) -> None:
         """So that no module of the worker needs to hold it. Raises what pickling raises, naming the culprit."""
@@ -74,15 +80,17 @@ class Function:
             return False
 
         try:
-            data = dumps_by_value(self.target, beside)
+            with Sending() as sending:
+                data = dumps_by_value(self.target, beside)
         except (TypeError, pickle.PicklingError, AttributeError) as error:
             name = getattr(self.target, "__name__", type(self.target).__name__)
             error.args = (f"{error} ({pickling.culprit(self.target, name)})",)
             raise
-        self._place(data, buffers)
+        self._place(data, buffers, sending)
 
-    def _place(self, data: bytes, buffers: list[memoryview]) -> None:
+    def _place(self, data: bytes, buffers: list[memoryview], sending: Sending) -> None:
         self._close()
+        self.refs = list(sending.refs.values())
         if buffers or len(data) > frames.INLINE_MAX_BYTES:
             self.descriptor, self.inline = segments.write([data, *buffers])
             self.flags = frames.FUNCTION_IN_SEGMENT
@@ -117,7 +125,7 @@ class FunctionTable:
 
     def _holds(self, known: Function) -> bool:
         """Whether what a function of __main__ refers to is what it was when it was encoded."""
-        names = known.target.__globals__  # type: ignore[attr-defined]
+        names = known.target.__globals__
         return all(names.get(name) is value for name, value in known.calls)
 
     def _make(self, target: Callable[..., Any]) -> Function:

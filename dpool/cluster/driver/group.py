@@ -16,7 +16,8 @@ import time
 from dpool import engine
 from dpool.cluster.driver.dispatch import NODE_LOSSES, Batch, Dispatch, Job
 from dpool.cluster.driver.functions import table
-from dpool.cluster.store import segments
+from dpool.cluster.store import store
+from dpool.cluster.store.refs import Accepted, Sending, store_buffer
 from dpool.cluster.wire import frames, pickling
 from dpool.engine import Failure
 from dpool.errors import (
@@ -26,6 +27,8 @@ from dpool.errors import (
     GroupClosed,
     GroupTerminated,
     NodeLost,
+    ObjectLost,
+    ObjectStoreFull,
     RemoteError,
     WorkerDied,
 )
@@ -41,8 +44,10 @@ if TYPE_CHECKING:
         """The way to a group's workers: dpool.cluster.node.workers.Workers, or a link to another machine."""
 
         splits: bool
-        count: int
         processes: list[Any]
+
+        @property
+        def count(self) -> int: ...
 
         def start(self) -> None: ...
         def demand(self, queued: int, inflight: int) -> None: ...
@@ -63,6 +68,11 @@ LOST_AFTER_S = 0.1
 # A task that is to be stopped may stand in a worker's socket, and no worker says when it begins it: this often that is
 # looked at. Longer: it runs longer. Shorter: the driver wakes more often meanwhile.
 STOP_RECHECK_S = 0.01
+
+# Buffers of this size that several tasks of one call have in common are stored once. Larger: fewer are looked at.
+SHARE_MIN_BYTES = 1 << 20
+# Different buffers of one call that are remembered for that.
+MAX_SHARED = 256
 
 _names = itertools.count(1)
 
@@ -88,6 +98,7 @@ class Group:
         self._suspects: dict[int, float] = {}  # batches that may have been lost -> when to decide
         self._timer_armed = False
         self._stopped: set[int] = set()  # slots whose workers were ended to stop a task, until they are dead
+        self._lent: set[int] = set()  # batches that were sent a segment of the store's
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop, name=f"dpool-{next(_names)}", daemon=True)
         self._thread.start()
@@ -218,7 +229,8 @@ class Group:
                     return True
         function: Any = batch.function
         try:
-            packed, errors = pickling.pack(batch.items(), by_value=True)
+            with Sending(function.refs) as sending:
+                packed, errors = pickling.pack(batch.items(), by_value=True)
         except BaseException:  # Ctrl-C
             with self._lock:
                 if batch.number in self._dispatch.inflight:
@@ -232,25 +244,35 @@ class Group:
             flags |= frames.ONE_PICKLE
         if batch.job.unsettled > batch.stop:
             flags |= frames.KEEP_FUNCTION
-        body, segment = packed.body, -1
-        descriptors = [function.descriptor] if function.descriptor >= 0 else []
-        if packed.buffers or len(body) > frames.INLINE_MAX_BYTES:
-            try:
-                segment, body = segments.write([body, *packed.buffers])
-            except OSError as error:
-                self._refuse(batch, [(index, error) for index in range(batch.stop)])
-                return True
-            flags |= frames.BODY_IN_SEGMENT
-            descriptors.append(segment)
-        header = frames.TASKS.pack(flags, batch.mode, 0, function.number, batch.number, batch.stop,
-                                   len(function.inline))
+        body = packed.body
+        holder = None
         try:
-            sent = self.port.send([header, function.inline, body], descriptors)
+            layout, own = self._share(batch, packed.buffers, sending) if packed.buffers else ((), ())
+            if len(sending.refs) > frames.MAX_DESCRIPTORS:
+                return self._send_less(batch)
+            refs, shared = sending.export(layout)
+            descriptors = [function.descriptor] if function.descriptor >= 0 else []
+            if own or len(body) + len(refs) > frames.INLINE_MAX_BYTES:
+                holder = (self, batch.number)
+                descriptor, body = store.current().write([body, *own], holder)
+                descriptors.append(descriptor)
+                flags |= frames.BODY_IN_SEGMENT
+        except ObjectStoreFull as error:
+            return self._wait_for_room(batch, error)
+        except (OSError, ObjectLost) as error:
+            self._refuse(batch, [(index, error) for index in range(batch.stop)])
+            return True
+        if holder is not None:
+            self._lent.add(batch.number)
+        header = frames.TASKS.pack(flags, batch.mode, 0, function.number, batch.number, batch.stop,
+                                   len(function.inline), len(refs))
+        try:
+            sent = self.port.send([header, function.inline, refs, body], descriptors + shared)
         except (BrokenPipeError, OSError):
             sent = False  # terminated meanwhile: whoever did that reports the tasks
-        finally:
-            if segment >= 0:
-                os.close(segment)
+        if not sent and holder is not None:
+            self._lent.discard(batch.number)
+            store.current().unsent(holder)
         if not sent:
             with self._lock:
                 if batch.number in self._dispatch.inflight:
@@ -260,6 +282,61 @@ class Group:
             self._timer_armed = True
             self.port.wake()
         return sent
+
+    def _share(self, batch: Batch, buffers: list[memoryview],
+               sending: Sending) -> tuple[list[bytes | None], list[memoryview]]:
+        """Where each buffer of a batch goes: those that other tasks of the job have too become objects, stored once;
+        the others go into the batch's own segment."""
+        job = batch.job
+        layout: list[bytes | None] = [None] * len(buffers)
+        if batch.jobs is not None or (len(job.items) <= job.chunk and not job.open):
+            return [], buffers
+        if job.shared is None:
+            job.shared = {}
+        own = []
+        for index, view in enumerate(buffers):
+            ref = None
+            if view.nbytes >= SHARE_MIN_BYTES:
+                owner = view.obj
+                place = getattr(owner, "__array_interface__", None)
+                key = (place["data"][0] if place is not None else id(owner), view.nbytes)
+                known = job.shared.get(key)
+                if known is None:
+                    if len(job.shared) >= MAX_SHARED:
+                        job.shared.clear()
+                    # The owner is kept, so that no other buffer can come to lie where it lies.
+                    known = job.shared[key] = [owner, None, 0]
+                known[2] += 1
+                if known[1] is None and (known[2] > 1 or _comes_again(job, batch.first + batch.stop, owner)):
+                    known[1] = store_buffer(view)
+                ref = known[1]
+            if ref is None:
+                own.append(view)
+            else:
+                sending.add(ref)
+                layout[index] = ref.key
+        return (layout, own) if len(own) < len(buffers) else ([], buffers)
+
+    def _send_less(self, batch: Batch) -> bool:
+        """The tasks of a batch have more large refs than a message can carry: send fewer tasks at a time."""
+        if batch.stop == 1:
+            self._refuse(batch, [(0, ValueError(f"a task may have at most {frames.MAX_DESCRIPTORS} large refs in its "
+                                                "arguments: put() a list of them and pass that"))])
+            return True
+        with self._lock:
+            self._dispatch.max_batch = max(batch.stop // 2, 1)
+            self._dispatch.unsend(batch)
+        return True
+
+    def _wait_for_room(self, batch: Batch, error: ObjectStoreFull) -> bool:
+        """The store has no room for a batch: it waits for one of those in flight; if none is, nothing will help."""
+        with self._lock:
+            alone = len(self._dispatch.inflight) <= 1
+            if not alone:
+                self._dispatch.unsend(batch)
+        if alone:
+            self._refuse(batch, [(index, error) for index in range(batch.stop)])
+        return alone
 
     def _refuse(self, batch: Batch, errors: Sequence[tuple[int, BaseException]]) -> None:
         """Some items of a batch cannot be pickled: they fail, the others go back to the queue."""
@@ -307,6 +384,9 @@ class Group:
             if not port.count and (self._tasks_closed or self._ended is not None):
                 break
         port.close()
+        for number in self._lent:
+            store.current().lost((self, number))
+        self._lent.clear()
 
     def _finished(self) -> bool:
         with self._lock:
@@ -318,15 +398,21 @@ class Group:
             return self._tasks_closed
 
     def _on_results(self, message: memoryview, descriptors: list[int]) -> None:
-        flags, _, slot, number, first, count, executed, run_ns, failure_bytes = frames.RESULTS.unpack_from(message)
-        start = frames.RESULTS.size
-        failures: Any = message[start:start + failure_bytes]
-        body: Any = message[start + failure_bytes:]
+        (flags, _, slot, number, first, count, executed, run_ns, failure_bytes, ref_bytes,
+         released_bytes) = frames.RESULTS.unpack_from(message)
+        refs_at = frames.RESULTS.size + failure_bytes
+        released_at = refs_at + ref_bytes
+        body: Any = message[released_at + released_bytes:]
+        failures: Any = message[frames.RESULTS.size:refs_at]
         buffers: Sequence[memoryview] = ()
         if flags & frames.BODY_IN_SEGMENT:
-            failures, body, *buffers = segments.read(descriptors[0], body)
-        for descriptor in descriptors:
-            os.close(descriptor)
+            failures, body, *buffers = store.current().adopt(descriptors.pop(0), body)
+        accepted = Accepted(message[refs_at:released_at], descriptors) if ref_bytes else None
+        if number in self._lent and flags & frames.DONE:
+            self._lent.discard(number)
+            store.current().pass_on((self, number), (self, "slot", slot))
+        if released_bytes:
+            store.current().released(message[released_at:released_at + released_bytes].cast("Q").tolist())
         if flags & frames.BROKEN:
             failure = _rebuild(pickle.loads(failures)[0])
             cause = failure.exception
@@ -355,6 +441,7 @@ class Group:
                     except BaseException as error:
                         values.append(None)
                         failed[index] = Failure(engine.RESULT_BROKEN, error)
+        del accepted
         if len(failures) and not flags & frames.NEED_VALUE:
             for entry in pickle.loads(failures):
                 failed[entry[0]] = _rebuild(entry)
@@ -380,8 +467,7 @@ class Group:
             failure = Failure(engine.ARGUMENT_LOST, error)
             with self._lock:
                 doomed = [job for job in self._dispatch.queue if job.function is function]
-                tasks = [(job, [t for first, stop in [*(job.returned or ()), (job.next, -(-len(job.items) // job.chunk))]
-                                for t in range(first, stop)]) for job in doomed]
+                tasks = [(job, job.waiting()) for job in doomed]
                 for job in doomed:
                     self._dispatch.cancel(job)
             for job, numbers in tasks:
@@ -403,6 +489,11 @@ class Group:
                 for number in self._dispatch.inflight:
                     if number not in claimed:
                         self._suspects.setdefault(number, now + LOST_AFTER_S)
+        here = store.current()
+        if death.batch in self._lent:
+            self._lent.discard(death.batch)
+            here.lost((self, death.batch))
+        here.lost((self, "slot", death.slot))
         failure = None
         if guilty is not None or (self.spec.break_on_death and not death.expected):
             failure = self._describe(death, guilty, attempts)
@@ -432,6 +523,8 @@ class Group:
                 doomed = self._dispatch.node_lost(what[0])
             elif kind == 4:  # the end of a batch was taken back
                 self._dispatch.stolen(what[0], what[1], time.monotonic())
+        if kind in (2, 3):
+            store.current().lost((self, what if kind == 2 else what[0]))
         if kind == 6:
             self._end(GroupBroken(str(what)))
         for job, task in doomed:
@@ -491,6 +584,7 @@ class Group:
                         self._suspects[number] = now + LOST_AFTER_S
                     else:
                         self._dispatch.lost(number)
+                        store.current().lost((self, number))
 
     def _still_waits(self, number: int, claimed: dict[int, int]) -> bool:
         """Whether a batch may still be in the socket: messages are taken in order, so not if a later one is taken."""
@@ -564,6 +658,13 @@ class Stream:
     def backlog(self) -> int:
         """Tasks that were pushed and not yet sent."""
         return self._job.unsettled
+
+
+def _comes_again(job: Job, task: int, owner: Any) -> bool:
+    """Whether the job's task `task` has `owner`, or a tuple or list that holds it, as its item."""
+    items = job.items[task * job.chunk:(task + 1) * job.chunk]
+    return any(item is owner or (type(item) in (tuple, list) and any(part is owner for part in item))
+               for item in items)
 
 
 def _report(batch: Batch, first: int, values: list[Any], failed: dict[int, Failure]) -> None:

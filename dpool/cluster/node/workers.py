@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _SOCKET_BUFFER_BYTES = 1 << 20
 # How long a worker may take to die of SIGTERM, for handlers of the user's, before SIGKILL.
 TERMINATE_GRACE_S = 1.0
-_CONTROL_BYTES = socket.CMSG_SPACE(4 * 4)
+_CONTROL_BYTES = socket.CMSG_SPACE((frames.MAX_DESCRIPTORS + 2) * 4)
 
 # What poll() returns: (MESSAGE, bytes, descriptors) or (DEATH, Death, []).
 MESSAGE = 0

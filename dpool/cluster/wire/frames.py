@@ -15,10 +15,15 @@ INLINE_MAX_BYTES = 32 * 1024
 # What both ends allocate to receive into: an inline body, an inline function, and the headers.
 RECEIVE_BYTES = 4 * INLINE_MAX_BYTES
 
-# TASKS: flags, mode, unused, function number, batch number, tasks, bytes of function.
-TASKS = struct.Struct("<BBHIQII")
-# RESULTS: flags, unused, slot, batch number, first task, tasks here, tasks run so far, run time in ns, bytes of failures.
-RESULTS = struct.Struct("<BBHQIIIQI")
+# TASKS: flags, mode, unused, function number, batch number, tasks, bytes of function, bytes of refs. Then the function,
+# the refs, and the body.
+TASKS = struct.Struct("<BBHIQIII")
+# RESULTS: flags, unused, slot, batch number, first task, tasks here, tasks run so far, run time in ns, bytes of
+# failures, bytes of refs, bytes of released segments' numbers. Then the failures, the refs, the released, and the body.
+RESULTS = struct.Struct("<BBHQIIIQIII")
+
+# Descriptors come in this order: the function's segment, the body's, those of the refs. The kernel takes 253 a message.
+MAX_DESCRIPTORS = 240
 
 # Flags of both.
 BODY_IN_SEGMENT = 1  # the last descriptor is a segment; the body is its table

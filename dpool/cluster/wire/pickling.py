@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 PROTOCOL = 5
 
-# Buffers from this size on travel beside the pickle. Larger: small ones save a mapping (about 30 us). Smaller: a copy less.
+# Buffers from this size on travel beside the pickle. Larger: small ones save a mapping (about 30 us). Smaller: they
+# save a copy.
 OUT_OF_BAND_MIN_BYTES = 64 * 1024
 
 # Values of exactly these types cannot fail to pickle or to unpickle, so a whole list of them may share one pickle.

@@ -12,11 +12,14 @@ import os
 import pickle
 import signal
 import socket
+from array import array
+from collections import deque
 from itertools import starmap
 from time import perf_counter_ns
 
 from dpool import engine
 from dpool.cluster.store import segments
+from dpool.cluster.store.refs import Accepted, Sending, resolve
 from dpool.cluster.wire import frames, pickling
 from dpool.cluster.wire.functions import StaleFunction, load_by_name
 from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, reopen, trace_offset
@@ -24,7 +27,7 @@ from dpool.cluster.worker.setup import Setup, arm_lifeline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from dpool.cluster.wire.pickling import Pickles
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
 REPORT_EVERY_NS = 2_000_000
 # Functions that are found by their name, kept between batches; they are the module's own objects anyway.
 MAX_FUNCTIONS = 256
-
-_MAX_DESCRIPTORS = 4
 
 
 def worker_main(setup: Setup) -> None:
@@ -75,6 +76,7 @@ class Worker:
         self.functions: dict[int, Callable[..., Any]] = {}
         # A function that travels by value may hold much: one is kept, while more of its tasks will come.
         self.latest: tuple[int, Callable[..., Any] | None] = (0, None)
+        self.released: deque[int] = deque()  # segments of the driver's that nobody here looks at any more
         self.buffer = bytearray(frames.RECEIVE_BYTES)
         try:
             trace = reopen(setup.page.descriptor, os.O_WRONLY)
@@ -97,7 +99,7 @@ class Worker:
     def run(self) -> None:
         """Batch after batch, until the driver closes the socket or this worker has done its share."""
         buffer = memoryview(self.buffer)
-        ancillary = socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4)
+        ancillary = socket.CMSG_SPACE((frames.MAX_DESCRIPTORS + 2) * 4)
         receive = self.tasks.recvmsg_into
         while self.left > 0:
             size, control, _, _ = receive([buffer], ancillary, socket.MSG_CMSG_CLOEXEC)
@@ -107,17 +109,27 @@ class Worker:
 
     def _batch(self, message: memoryview, descriptors: list[int]) -> None:
         started = perf_counter_ns()
-        flags, mode, _, function_number, number, count, function_bytes = frames.TASKS.unpack_from(message)
+        flags, mode, _, function_number, number, count, function_bytes, ref_bytes = frames.TASKS.unpack_from(message)
         self.page[TASK] = 0
         self.page[BATCH] = number
         claims = self.claims if count > 1 else None
         if claims is not None:
             for _ in range(count - 1):  # the first task is begun at once
                 claims.release()
-        body = frames.TASKS.size + function_bytes
+        start = frames.TASKS.size
+        refs = start + function_bytes
+        body = refs + ref_bytes
+        own = bool(flags & frames.FUNCTION_IN_SEGMENT) + bool(flags & frames.BODY_IN_SEGMENT)
+        # What is prepared is handed over by its list, so that nothing here keeps it alive while it runs.
+        prepared: list[Any] = []
         try:
-            function = self._function(function_number, flags, message[frames.TASKS.size:body], descriptors)
-            tasks = _unpack(message[body:], flags, descriptors)
+            accepted = None
+            if ref_bytes:
+                accepted = Accepted(message[refs:body], descriptors[own:])
+                del descriptors[own:]  # the store's now
+            prepared.append(_CALLS[mode](self._function(function_number, flags, message[start:refs], descriptors)))
+            prepared.append(self._unpack(message[body:], flags, descriptors, accepted))
+            prepared.append(accepted)
         except StaleFunction as stale:
             self._drain(claims)
             self._send(frames.DONE | frames.NEED_VALUE, number, 0, [], pickle.dumps(str(stale)), 0, 0)
@@ -126,11 +138,22 @@ class Worker:
             failures = [(i, *describe_exception(error, engine.ARGUMENT_BROKEN)) for i in range(count)]
             self._send(frames.DONE, number, 0, [None] * count, _dump_failures(failures), count, 0)
         else:
-            self._run(number, function, mode, tasks, count, claims, started)
+            accepted = None
+            self._run(number, prepared, _RESOLVE[mode] if ref_bytes else None, count, claims, started)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
         self.page[BATCH] = 0
+
+    def _unpack(self, body: memoryview, flags: int, descriptors: list[int],
+                accepted: Accepted | None) -> list[Any] | Pickles:
+        one = bool(flags & frames.ONE_PICKLE)
+        buffers: Sequence[memoryview] = ()
+        if flags & frames.BODY_IN_SEGMENT:
+            body, *buffers = segments.read(descriptors[-1], body, self.released.append)
+        if accepted is not None:
+            buffers = accepted.buffers(buffers)
+        return pickling.unpack(body, buffers, one)
 
     def _drain(self, claims: Any) -> None:
         if claims is not None:
@@ -158,13 +181,13 @@ class Worker:
         assert function is not None
         return function
 
-    def _run(self, number: int, function: Callable[..., Any], mode: int, tasks: list[Any] | Pickles, count: int,
-             claims: Any, started: int) -> None:
+    def _run(self, number: int, prepared: list[Any], resolve: Callable[[Any], Any] | None, count: int, claims: Any,
+             started: int) -> None:
         """Run a batch's tasks in order, for as long as they are there to be claimed."""
-        call = _CALLS[mode](function)
+        call, tasks, accepted = prepared
+        prepared.clear()
         page = self.page
-        one_by_one = not isinstance(tasks, list)
-        load: Any = tasks.load if one_by_one else tasks.__getitem__  # type: ignore[union-attr]
+        load: Any = tasks.__getitem__ if isinstance(tasks, list) else tasks.load
         values: list[Any] = []
         failures: list[tuple[Any, ...]] = []
         first = index = 0
@@ -178,7 +201,7 @@ class Worker:
                 values.append(None)
             else:
                 try:
-                    values.append(call(item))
+                    values.append(call(item if resolve is None else resolve(item)))
                 except BaseException as error:
                     failures.append((index - first, *describe_exception(error)))
                     values.append(None)
@@ -195,12 +218,15 @@ class Worker:
         self.left -= index
         if claims is not None and index < count:
             self._drain(claims)
-        del tasks, load, call, function
+        del tasks, load, call, accepted
         self._send(frames.DONE, number, first, values, _dump_failures(failures), index, perf_counter_ns() - started)
 
     def _send(self, flags: int, number: int, first: int, values: list[Any], failures: bytes, executed: int,
               run_ns: int) -> None:
-        packed, errors = pickling.pack(values)
+        with Sending() as sending:
+            packed, errors = pickling.pack(values)
+        if len(sending.refs) >= frames.MAX_DESCRIPTORS:
+            return self._send_less(flags, number, first, values, failures, executed, run_ns)
         if errors:
             known = pickle.loads(failures) if failures else []
             failures = _dump_failures(known + [(i, *describe_unpicklable(values[i], error)) for i, error in errors])
@@ -208,28 +234,48 @@ class Worker:
             flags |= frames.ONE_PICKLE
         count = len(values)
         del values
-        parts: list[Any] = [b"", failures, packed.body]
-        control: list[Any] = []
+        refs, shared = sending.export()
         descriptor = -1
-        if packed.buffers or len(packed.body) + len(failures) > frames.INLINE_MAX_BYTES:
-            flags |= frames.BODY_IN_SEGMENT
+        body = packed.body
+        if packed.buffers or len(body) + len(failures) + len(refs) > frames.INLINE_MAX_BYTES:
             try:
-                descriptor, parts[2] = segments.write([failures, packed.body, *packed.buffers])
+                descriptor, body = segments.write([failures, body, *packed.buffers])
             except OSError as error:
                 # No memory for the results: each task learns it, instead of all hanging.
                 lost = [(i, *describe_exception(error, engine.RESULT_LOST)) for i in range(count)]
-                return self._send(flags & ~(frames.BODY_IN_SEGMENT | frames.ONE_PICKLE), number, first,
-                                  [None] * count, _dump_failures(lost), executed, run_ns)
-            parts[1] = b""
-            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor.to_bytes(4, "little"))]
-        parts[0] = frames.RESULTS.pack(flags, 0, self.slot, number, first, count, executed, run_ns, len(parts[1]))
+                return self._send(flags & ~frames.ONE_PICKLE, number, first, [None] * count, _dump_failures(lost),
+                                  executed, run_ns)
+            flags |= frames.BODY_IN_SEGMENT
+            failures = b""
+            shared.insert(0, descriptor)
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", shared))] if shared else []
+        released = b""
+        if self.released:
+            numbers = array("Q")
+            while self.released:
+                numbers.append(self.released.popleft())
+            released = numbers.tobytes()
+        header = frames.RESULTS.pack(flags, 0, self.slot, number, first, count, executed, run_ns, len(failures),
+                                     len(refs), len(released))
         try:
-            self.results.sendmsg(parts, control)
+            self.results.sendmsg((header, failures, refs, released, body), control)
         except (BrokenPipeError, ConnectionResetError):
             os._exit(1)  # nobody is there to receive it
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
+
+    def _send_less(self, flags: int, number: int, first: int, values: list[Any], failures: bytes, executed: int,
+                   run_ns: int) -> None:
+        """The values have more refs than one message can carry: send them one by one."""
+        known = {entry[0]: entry[1:] for entry in pickle.loads(failures)} if failures else {}
+        for index, value in enumerate(values):
+            mine = [(0, *known[index])] if index in known else []
+            if len(values) == 1:
+                error = ValueError(f"a result may have at most {frames.MAX_DESCRIPTORS} large refs in it: put() a list")
+                mine, value = [(0, *describe_exception(error))], None
+            last = flags if index == len(values) - 1 else flags & ~frames.DONE
+            self._send(last, number, first + index, [value], _dump_failures(mine), executed, run_ns)
 
 
 # From a function to a callable of one item, by mode.
@@ -242,20 +288,30 @@ _CALLS: dict[int, Callable[[Any], Callable[[Any], Any]]] = {
 }
 
 
+def _resolve_call(item: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[list[Any], dict[str, Any]]:
+    return [resolve(arg) for arg in item[0]], {key: resolve(arg) for key, arg in item[1].items()}
+
+
+def _resolve_all(item: Any) -> list[Any]:
+    return [resolve(part) for part in item]
+
+
+# What takes a task's refs to their values, by mode: those that are arguments themselves.
+_RESOLVE: dict[int, Callable[[Any], Any]] = {
+    engine.CALL: _resolve_call,
+    engine.MAP: resolve,
+    engine.STAR: _resolve_all,
+    engine.MAP_CHUNK: _resolve_all,
+    engine.STAR_CHUNK: lambda item: [_resolve_all(part) for part in item],
+}
+
+
 def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
     found: list[int] = []
     for level, kind, data in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             found.extend(int.from_bytes(data[i:i + 4], "little") for i in range(0, len(data) - 3, 4))
     return found
-
-
-def _unpack(body: memoryview, flags: int, descriptors: list[int]) -> list[Any] | Pickles:
-    one = bool(flags & frames.ONE_PICKLE)
-    if flags & frames.BODY_IN_SEGMENT:
-        data, *buffers = segments.read(descriptors[-1], body)
-        return pickling.unpack(data, buffers, one)
-    return pickling.unpack(body, (), one)
 
 
 def _dump_failures(failures: list[tuple[Any, ...]]) -> bytes:

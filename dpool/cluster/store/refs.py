@@ -1,0 +1,193 @@
+"""Handles of stored objects, and how they cross a process border: by number, their descriptors beside the message.
+
+Knows no socket: it says which descriptors must go along and takes in those that came. Used by both ends of a worker
+socket, and by dpool.objects.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import threading
+
+from dpool.cluster.store import store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from types import TracebackType
+    from typing import Any
+
+    from dpool.cluster.store.store import Stored
+
+_numbers = itertools.count(1)
+_prefix = os.urandom(8)
+
+
+def new_key() -> bytes:
+    """A name that no other object has, here or in any process."""
+    return _prefix + next(_numbers).to_bytes(8, "little")
+
+
+class ObjectRef:
+    """A handle of a stored object: hashable, comparable, awaitable; picklable into tasks, results and other objects.
+
+    The object lives while any process has a handle of it. As an argument of a task, by itself, it arrives as the
+    object's value; nested in something else, as a ref. Made by dpool.put().
+    """
+
+    __slots__ = ("key", "nbytes", "_stored", "_data", "_inner", "__weakref__")
+
+    def __init__(self, key: bytes, nbytes: int, stored: Stored | None, data: bytes | None,
+                 inner: Sequence[ObjectRef] = ()) -> None:
+        self.key = key
+        self.nbytes = nbytes
+        self._stored = stored  # of a large object
+        self._data = data  # of a small one: the value's pickle itself
+        self._inner = inner
+
+    def __del__(self) -> None:
+        if getattr(self, "_stored", None) is not None:
+            store.current().drop(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectRef) and other.key == self.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"ObjectRef({self.key.hex()}, {self.nbytes:,} bytes)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        sending = getattr(_local, "sending", None)
+        if sending is None:
+            raise TypeError("an ObjectRef can be pickled only into a task, a task's result, or an object that is put")
+        if self._data is not None:
+            for inner in self._inner:
+                sending.add(inner)
+            return _rebuild_small, (self.key, self._data, self._inner)
+        sending.add(self)
+        return _rebuild, (self.key,)
+
+    def __await__(self) -> Any:
+        """The value; it is here, so nothing is waited for."""
+        return self.value()
+        yield  # a generator, as await wants it
+
+    def value(self) -> Any:
+        """The value, rebuilt from its bytes: each call gives an object of its own, its large buffers copy-on-write."""
+        if self._data is not None:
+            return pickle.loads(self._data)
+        assert self._stored is not None
+        data, *buffers = store.current().open(self._stored)
+        return pickle.loads(data, buffers=buffers)
+
+
+def _rebuild_small(key: bytes, data: bytes, inner: Sequence[ObjectRef]) -> ObjectRef:
+    return ObjectRef(key, len(data), None, data, inner)
+
+
+def _rebuild(key: bytes) -> ObjectRef:
+    stored = store.current().hold(key)
+    return ObjectRef(key, stored.nbytes, stored, None)
+
+
+class Sending:
+    """While it is entered, refs may be pickled in this thread; they gather in `refs`, with those inside them."""
+
+    __slots__ = ("refs", "_outer")
+
+    def __init__(self, refs: Iterable[ObjectRef] = ()) -> None:
+        self.refs: dict[bytes, ObjectRef] = {ref.key: ref for ref in refs}
+
+    def add(self, ref: ObjectRef) -> None:
+        """`ref` goes along."""
+        if ref.key not in self.refs:
+            self.refs[ref.key] = ref
+            for inner in ref._stored.inner if ref._stored is not None else ref._inner:
+                self.add(inner)
+
+    def __enter__(self) -> Sending:
+        self._outer = getattr(_local, "sending", None)
+        _local.sending = self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        _local.sending = self._outer
+
+    def export(self, layout: Sequence[bytes | None] = ()) -> tuple[bytes, list[int]]:
+        """What to send along: a table, b"" if there is nothing to say, and descriptors that stay the store's.
+
+        `layout` has an entry for each buffer of the message: the key of the object that holds it, None for one that
+        comes in the message's own segment.
+        """
+        if not self.refs and not layout:
+            return b"", []
+        entries = []
+        descriptors = []
+        here = store.current()
+        for ref in self.refs.values():
+            stored = ref._stored
+            if stored is None:
+                continue
+            entries.append((ref.key, stored.nbytes, stored.table, [inner.key for inner in stored.inner]))
+            descriptors.append(here.share(stored))
+        return pickle.dumps((entries, layout)), descriptors
+
+
+_local = threading.local()
+
+
+class Accepted:
+    """What an export() sent, taken in: the descriptors are the store's from here on. Keep it until what came with it
+    has been unpickled, which finds its refs by their keys."""
+
+    __slots__ = ("refs", "_layout")
+
+    def __init__(self, table: bytes | memoryview, descriptors: Sequence[int]) -> None:
+        here = store.current()
+        entries, self._layout = pickle.loads(table)
+        self.refs: dict[bytes, ObjectRef] = {}
+        inner_keys = []
+        for (key, nbytes, where, inner), descriptor in zip(entries, descriptors, strict=True):
+            stored = here.take_over(key, nbytes, where, descriptor, [])
+            self.refs[key] = ObjectRef(key, nbytes, here.hold(key), None)
+            if inner and not stored.inner:
+                inner_keys.append((stored, inner))
+        for stored, keys in inner_keys:
+            stored.inner = [self.refs[key] if key in self.refs else _rebuild(key) for key in keys]
+
+    def buffers(self, own: Sequence[memoryview]) -> Sequence[memoryview]:
+        """All the buffers of the message, from those in its own segment and those in objects."""
+        if not self._layout:
+            return own
+        rest = iter(own)
+        here = store.current()
+        opened: list[memoryview] = []
+        for key in self._layout:
+            if key is None:
+                opened.append(next(rest))
+            else:
+                stored = self.refs[key]._stored
+                assert stored is not None
+                opened.append(here.open(stored)[0])
+        return opened
+
+
+def store_buffer(view: memoryview) -> ObjectRef:
+    """A buffer as an object of its own, for messages that will have it in common."""
+    here = store.current()
+    key = new_key()
+    stored = here.put(key, [view], [])
+    return ObjectRef(key, stored.nbytes, here.hold(key), None)
+
+
+def resolve(value: Any) -> Any:
+    """The object of a ref; any other value as it is."""
+    return value.value() if type(value) is ObjectRef else value
+
+
+__all__ = ["Accepted", "ObjectRef", "Sending", "new_key", "resolve", "store_buffer"]

@@ -1,0 +1,446 @@
+"""The store of this process: segments that are used again, objects that were put, and their limit.
+
+Acts on what the ledger decides: makes, maps, spills and closes. One a process, asked by the driver's group, the worker
+and dpool.objects; any thread may call it.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import threading
+import time
+import zlib
+
+from dpool.cluster.store import segments
+from dpool.cluster.store.ledger import Ledger
+from dpool.cluster.store.segments import Segment
+from dpool.errors import ObjectLost, ObjectStoreFull
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+    from typing import Any
+
+# What of the machine's memory, or of the cgroup's, objects may take unless object_memory says otherwise.
+DEFAULT_SHARE = 0.3
+# What of object_memory may be segments that are kept warm.
+WARM_SHARE = 0.5
+
+
+class Spill:
+    """A file without a name that holds one object; gone with its descriptor, whatever becomes of this process."""
+
+    __slots__ = ("descriptor", "nbytes", "checksum")
+
+    def __init__(self, directory: str, parts: Sequence[memoryview]) -> None:
+        """Write `parts`. Raises OSError if the disk is full; nothing is left then."""
+        self.nbytes = sum(part.nbytes for part in parts)
+        self.descriptor = _nameless(directory)
+        self.checksum = 0
+        try:
+            free = os.fstatvfs(self.descriptor)
+            if self.nbytes > free.f_bavail * free.f_frsize:
+                raise OSError(28, f"no space for {self.nbytes:,} bytes to spill", directory)
+            for part in parts:
+                self.checksum = zlib.crc32(part, self.checksum)
+                written = 0
+                while written < part.nbytes:
+                    written += os.write(self.descriptor, part[written:])
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self) -> memoryview:
+        """All of it. Raises ObjectLost if it is not what was written."""
+        data = bytearray(self.nbytes)
+        view = memoryview(data)
+        done = 0
+        while done < self.nbytes:
+            count = os.preadv(self.descriptor, [view[done:]], done)
+            if not count:
+                raise ObjectLost(f"a spilled object is {done:,} bytes long instead of {self.nbytes:,}")
+            done += count
+        if zlib.crc32(data) != self.checksum:
+            raise ObjectLost("a spilled object is not what was written: its checksum differs")
+        return view
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _nameless(directory: str) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(directory, flags | os.O_TMPFILE, 0o600)
+    except OSError as error:
+        if not os.path.isdir(directory) or not os.access(directory, os.W_OK):
+            raise OSError(error.errno, f"cannot spill objects: {error.strerror}; set spill_dir", directory) from None
+    import tempfile
+
+    descriptor, path = tempfile.mkstemp(dir=directory)  # a file system without O_TMPFILE
+    os.unlink(path)
+    return descriptor
+
+
+class Stored:
+    """One object: where its bytes are. `table` reads them from the segment; `inner` keeps alive the objects that the
+    value refers to."""
+
+    __slots__ = ("key", "nbytes", "table", "segment", "number", "spill", "inner", "owned", "refs",
+                 "origin")
+
+    def __init__(self, key: bytes, nbytes: int, table: bytes, segment: Segment | None, number: int,
+                 inner: list[Any], owned: bool) -> None:
+        self.key = key
+        self.nbytes = nbytes
+        self.table = table
+        self.segment = segment
+        self.number = number
+        self.spill: Spill | None = None
+        self.inner = inner
+        self.owned = owned  # it counts against this process's limit and may be spilled
+        self.refs = 0  # handles in this process
+        # Of an object that was here when this process was forked: where the parent has it (pid, descriptor, inode).
+        self.origin: tuple[int, int, int] | None = None
+
+
+class Store:
+    """See the top of the file. `limit` and `spill_dir` may be changed while it is in use."""
+
+    def __init__(self, limit: int, spill_dir: str) -> None:
+        # Guards all that follows. Finalizers never take it: they may run in a thread that holds it, so they leave a
+        # note in _notes, which whoever has the lock works off.
+        self._lock = threading.Lock()
+        self._notes: collections.deque[Callable[[], None]] = collections.deque()
+        self.ledger = Ledger(limit, int(limit * WARM_SHARE))
+        self.spill_dir = spill_dir
+        self._segments: dict[int, Segment] = {}
+        self.objects: dict[bytes, Stored] = {}
+
+    def configure(self, limit: int | None = None, spill_dir: str | None = None) -> None:
+        """Change the limit, in bytes, or the directory. What is already held stays."""
+        with self._lock:
+            if limit is not None:
+                self.ledger.limit, self.ledger.warm_limit = limit, int(limit * WARM_SHARE)
+            if spill_dir is not None:
+                self.spill_dir = spill_dir
+
+    # -- segments that travel with a batch
+
+    def write(self, parts: Sequence[memoryview | bytes], holder: Hashable) -> tuple[int, bytes]:
+        """Put `parts` into a segment for `holder`: its descriptor, which stays the store's, and the table.
+
+        Raises ObjectStoreFull, or the OSError of a machine without memory.
+        """
+        with self._lock:
+            self._work_off()
+            number, segment, warm = self._room(segments.needed(parts))
+            self.ledger.lend(number, holder)
+        try:
+            return segment.descriptor, segments.head(number) + segment.write(parts, warm)
+        except BaseException:
+            with self._lock:
+                self.ledger.discard(number)
+                self._segments.pop(number).close()
+            raise
+
+    def pass_on(self, holder: Hashable, new_holder: Hashable) -> None:
+        """A batch has ended; what it was sent may still be looked at by the worker that ran it."""
+        with self._lock:
+            self.ledger.pass_on(holder, new_holder)
+
+    def released(self, numbers: Sequence[int]) -> None:
+        """Nobody looks at these segments any more: they may be used again."""
+        with self._lock:
+            for number in numbers:
+                if number in self._segments:
+                    self._retire(number)
+            self._work_off()
+
+    def unsent(self, holder: Hashable) -> None:
+        """What `holder` was to get was never sent."""
+        with self._lock:
+            for number in self.ledger.lent_to(holder):
+                self._retire(number)
+
+    def lost(self, holder: Hashable) -> None:
+        """Nobody knows who looks at what `holder` had: give it back; the kernel keeps it for those who do."""
+        with self._lock:
+            for number in self.ledger.lent_to(holder):
+                self.ledger.discard(number)
+                self._segments.pop(number).close()
+
+    def adopt(self, descriptor: int, table: bytes | memoryview) -> list[memoryview]:
+        """Map a segment that another process made for this one, and take its descriptor over: once the last view has
+        died, the segment is used again."""
+        size = os.fstat(descriptor).st_size
+        with self._lock:
+            self._work_off()
+            number, trim = self.ledger.adopt(size, time.monotonic())
+            self._segments[number] = Segment(size, descriptor)
+            self._give_back(trim)
+        return segments.read(descriptor, segments.head(number) + bytes(table[8:]), self._note_end)
+
+    def _note_end(self, number: int) -> None:
+        self._note(lambda: self._retire(number) if number in self._segments else None)
+
+    # -- objects
+
+    def put(self, key: bytes, parts: Sequence[memoryview | bytes], inner: list[Any]) -> Stored:
+        """Store `parts` as object `key`, which lives while it has handles: see hold().
+
+        Raises ObjectStoreFull or OSError.
+        """
+        nbytes = segments.needed(parts)
+        with self._lock:
+            self._work_off()
+            number, segment, warm = self._room(nbytes)
+            try:
+                table = segments.head(0) + segment.write(parts, warm)
+            except BaseException:
+                self.ledger.discard(number)
+                self._segments.pop(number).close()
+                raise
+            self.ledger.put(key, number, nbytes, time.monotonic())
+            stored = self.objects[key] = Stored(key, nbytes, table, segment, number, inner, True)
+        return stored
+
+    def take_over(self, key: bytes, nbytes: int, table: bytes, descriptor: int, inner: list[Any]) -> Stored:
+        """An object of another process's store, whose descriptor came with a message. It counts there."""
+        with self._lock:
+            self._work_off()
+            stored = self.objects.get(key)
+            if stored is not None:
+                os.close(descriptor)
+            else:
+                stored = Stored(key, nbytes, table, Segment(os.fstat(descriptor).st_size, descriptor), 0, inner, False)
+                self.objects[key] = stored
+        return stored
+
+    def hold(self, key: bytes) -> Stored:
+        """One handle more for an object. Raises ObjectLost if this process has none of it."""
+        with self._lock:
+            stored = self.objects.get(key)
+            if stored is None:
+                raise ObjectLost(f"object {key.hex()} is not in this process's store")
+            stored.refs += 1
+            return stored
+
+    def open(self, stored: Stored) -> list[memoryview]:
+        """Map an object copy-on-write, from disk if need be: the parts that were put."""
+        with self._lock:
+            self._work_off()
+            segment = self._present(stored)
+            if not stored.owned:
+                return segments.read(segment.descriptor, stored.table)
+            self.ledger.view(stored.key, 1, time.monotonic())
+            key = stored.key
+            table = segments.head(1) + stored.table[8:]
+            return segments.read(segment.descriptor, table, lambda _: self._note_view(key))
+
+    def _note_view(self, key: bytes) -> None:
+        self._note(lambda: self.ledger.view(key, -1, time.monotonic()))
+
+    def share(self, stored: Stored) -> int:
+        """A descriptor of the object to send to another process; it stays the store's."""
+        with self._lock:
+            segment = self._present(stored)
+            if stored.owned:
+                self.ledger.share(stored.key, time.monotonic())
+            return segment.descriptor
+
+    def drop(self, key: bytes) -> None:
+        """One handle less; with the last one the object goes. Safe in a finalizer."""
+        self._note(lambda: self._drop(key))
+
+    def _drop(self, key: bytes) -> None:
+        stored = self.objects.get(key)
+        if stored is not None:
+            stored.refs -= 1
+            if stored.refs <= 0:
+                self._free(key)
+
+    def _free(self, key: bytes) -> None:
+        stored = self.objects.pop(key)
+        if stored.spill is not None:
+            stored.spill.close()
+        if not stored.owned:
+            if stored.segment is not None:
+                stored.segment.close()
+        else:
+            number, warm = self.ledger.free(key, time.monotonic())
+            if number is not None and not warm:
+                self._segments.pop(number).close()
+
+    def _present(self, stored: Stored) -> Segment:
+        """The object's segment, restored from disk if it was spilled."""
+        if stored.segment is None and stored.origin is not None:
+            stored.segment = _reopen(stored)
+        if stored.segment is None:
+            assert stored.spill is not None
+            data = stored.spill.read()
+            number, segment, warm = self._room(stored.nbytes)
+            # As it lay: the table holds for the same offsets.
+            segment.write([data], warm)
+            if stored.owned:
+                self.ledger.restored(stored.key, number, time.monotonic())
+            else:  # spilled by the process this one was forked from
+                self.ledger.discard(number)
+                self._segments.pop(number)
+            stored.segment, stored.number = segment, number
+            stored.spill.close()
+            stored.spill = None
+        return stored.segment
+
+    # -- the pieces, called with the lock held
+
+    def _room(self, nbytes: int) -> tuple[int, Segment, bool]:
+        plan = self.ledger.reserve(nbytes, time.monotonic())
+        try:
+            for key in plan.spill:
+                self._spill(self.objects[key])
+        except OSError as error:
+            self._undo(plan)
+            raise ObjectStoreFull(f"no room for {nbytes:,} bytes, and no object can be spilled to make room: {error}",
+                                  nbytes, self.ledger.total, self.ledger.limit) from error
+        self._give_back(plan.trim)
+        if not plan.reuse:
+            try:
+                self._segments[plan.number] = Segment(plan.size)
+            except BaseException:
+                self.ledger.discard(plan.number)
+                raise
+        return plan.number, self._segments[plan.number], plan.reuse
+
+    def _undo(self, plan: Any) -> None:
+        self._give_back(plan.trim)
+        if plan.reuse:
+            self._retire(plan.number)
+        else:
+            self.ledger.discard(plan.number)
+
+    def _spill(self, stored: Stored) -> None:
+        assert stored.segment is not None
+        whole = segments.read(stored.segment.descriptor, segments.head(0) + segments.whole(stored.nbytes))
+        stored.spill = Spill(self.spill_dir, whole)
+        self._segments.pop(self.ledger.spilled(stored.key)).close()
+        stored.segment = None
+
+    def _retire(self, number: int) -> None:
+        if not self.ledger.retire(number, time.monotonic()):
+            self._segments.pop(number).close(scrap=True)
+
+    def _give_back(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._segments.pop(number).close(scrap=True)
+
+    def _note(self, note: Callable[[], None]) -> None:
+        self._notes.append(note)
+        # Whoever has the lock looks again after letting go of it, or the next one does.
+        while self._notes and self._lock.acquire(blocking=False):
+            try:
+                self._work_off()
+            finally:
+                self._lock.release()
+
+    def _work_off(self) -> None:
+        while self._notes:
+            self._notes.popleft()()
+
+    def tidy(self, everything: bool = False) -> bool:
+        """Give warm segments back that nobody took for a while, or all of them; whether any are left."""
+        with self._lock:
+            self._work_off()
+            self._give_back(self.ledger.cool(float("inf") if everything else time.monotonic()))
+            return self.ledger.warm > 0
+
+    def summary(self) -> dict[str, Any]:
+        """What is held, in bytes: see dpool.memory_summary()."""
+        with self._lock:
+            self._work_off()
+            states: dict[str, int] = {}
+            for books in self.ledger.segments.values():
+                states[books.state] = states.get(books.state, 0) + books.size
+            objects = []
+            for stored in self.objects.values():
+                entry = self.ledger.entries.get(stored.key)
+                where = "disk" if stored.segment is None else "memory" if stored.owned else "borrowed"
+                objects.append({"id": stored.key.hex(), "nbytes": stored.nbytes, "where": where,
+                                "views": entry.views if entry else 0, "shared": entry.shared if entry else True,
+                                "inner": len(stored.inner)})
+            return {"limit": self.ledger.limit, "total": self.ledger.total, "warm": self.ledger.warm,
+                    "by_state": states, "spill_dir": self.spill_dir,
+                    "spilled": sum(s.nbytes for s in self.objects.values() if s.spill is not None),
+                    "objects": objects}
+
+
+_store: Store | None = None
+_making = threading.Lock()
+
+
+def current() -> Store:
+    """The store of this process, made when it is first asked for."""
+    global _store
+    if _store is None:
+        with _making:
+            if _store is None:
+                limit = int(os.environ.get("DPOOL_OBJECT_MEMORY", 0)) or int(memory_bytes() * DEFAULT_SHARE)
+                _store = Store(limit, os.environ.get("DPOOL_SPILL_DIR") or os.environ.get("TMPDIR") or "/tmp")
+    return _store
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or what the cgroup allows of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path) as file:
+                total = min(total, int(file.read()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def _reopen(stored: Stored) -> Segment:
+    """The segment of an object that the process has which this one was forked from."""
+    assert stored.origin is not None
+    pid, descriptor, inode = stored.origin
+    try:
+        mine = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        mine = -1
+    if mine >= 0:
+        found = os.fstat(mine)
+        if found.st_ino == inode:
+            return Segment(found.st_size, mine)
+        os.close(mine)
+    raise ObjectLost(f"object {stored.key.hex()} is no longer in process {pid}, from which this one was forked: "
+                     "pass refs to tasks as arguments")
+
+
+def _forget() -> None:
+    """In a forked child: segments are the parent's. Objects stay readable by the refs that the child inherited, but
+    hold no descriptor here: a pool's workers must not keep what their parent drops."""
+    global _store, _making
+    old, _store = _store, None
+    _making = threading.Lock()
+    if old is None:
+        return
+    _store = Store(old.ledger.limit, old.spill_dir)
+    parent = os.getppid()
+    for stored in old.objects.values():
+        if stored.segment is not None:
+            stored.origin = (parent, stored.segment.descriptor, os.fstat(stored.segment.descriptor).st_ino)
+            if not stored.owned:
+                stored.segment.close()
+            stored.segment = None
+        stored.owned = False
+        _store.objects[stored.key] = stored
+    for segment in old._segments.values():
+        segment.close()
+
+
+os.register_at_fork(after_in_child=_forget)
