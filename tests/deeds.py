@@ -1,0 +1,237 @@
+"""Owns what the tests make workers do: plain functions, importable in any worker, most of them harmful.
+
+It imports no pytest and no dpool at the top, so that spawned workers start fast. Used by the tests of real processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+def double(value: Any) -> Any:
+    return value * 2
+
+
+def add(*values: int) -> int:
+    return sum(values)
+
+
+def identity(value: Any) -> Any:
+    return value
+
+
+def pid_of_worker(_: object = None) -> int:
+    return os.getpid()
+
+
+# -- ends of a worker
+
+
+def kill_self(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
+
+
+def segfault() -> None:
+    ctypes.string_at(0)
+
+
+def exit_process(code: int) -> NoReturn:
+    os._exit(code)
+
+
+def exit_python(code: object) -> NoReturn:
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+def raise_error(kind: type[BaseException], *args: object) -> NoReturn:
+    raise kind(*args)
+
+
+def kill_self_if(value: int, bad: int) -> int:
+    if value == bad:
+        kill_self()
+    return value
+
+
+def kill_self_until(path: str, deaths: int) -> int:
+    """Die as long as fewer than `deaths` processes have died here; each leaves a byte in the file."""
+    with open(path, "ab", buffering=0) as file:
+        if file.tell() >= deaths:
+            return deaths
+        file.write(b".")
+    kill_self()
+    return -1
+
+
+# -- tasks that wait for the test, or hold up a worker
+
+
+def tell_and_wait(fifo: str, answer: str) -> str:
+    """Write the pid of this worker to one FIFO, then wait until the other one has a line, and return it."""
+    tell(fifo)
+    with open(answer) as file:
+        return file.readline()
+
+
+def tell(fifo: str) -> None:
+    with open(fifo, "w") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def tell_and_hold_gil(fifo: str) -> None:
+    """Spend ages in C code that never lets go of the GIL."""
+    tell(fifo)
+    re.match(r"(a|a)*$", "a" * 64 + "b")
+
+
+def tell_and_start_children(fifo: str, session: bool = False) -> None:
+    """Leave a child behind that would live for ages; never return."""
+    child = subprocess.Popen(["sleep", "600"], start_new_session=session)
+    with open(fifo, "w") as file:
+        file.write(f"{os.getpid()} {child.pid}\n")
+    threading.Event().wait()
+
+
+def start_daemon() -> int:
+    """Start a process in a session of its own, and return its pid while it lives on."""
+    return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+
+
+def ignore_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# -- resources
+
+
+def allocate_beyond_limit() -> None:
+    """Raise MemoryError by a limit of this process's own, and leave the limit as it was."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, before[1]))
+    try:
+        bytearray(8 << 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def close_descriptors() -> None:
+    os.closerange(3, 1024)
+
+
+def upset_process(directory: str) -> None:
+    """Change what a process shares between its tasks."""
+    os.chdir(directory)
+    os.umask(0o077)
+    os.environ.clear()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGPIPE, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def print_much(count: int) -> int:
+    line = "x" * 1023
+    for _ in range(count):
+        print(line)
+    return count
+
+
+# -- values that make trouble on their way
+
+
+class Loads:
+    """Does something when it is unpickled: calls `function(*args)`."""
+
+    def __init__(self, function: Callable[..., Any], *args: object) -> None:
+        self.function = function
+        self.args = args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.function, self.args
+
+
+class Dumps:
+    """Does something when it is pickled."""
+
+    def __init__(self, function: Callable[..., Any], *args: object) -> None:
+        self.function = function
+        self.args = args
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.function(*self.args)
+        return int, ()
+
+
+def make_loads(function: Callable[..., Any], *args: object) -> Loads:
+    """A result that does something when the driver unpickles it."""
+    return Loads(function, *args)
+
+
+def make_dumps(function: Callable[..., Any], *args: object) -> Dumps:
+    """A result that does something when the worker pickles it."""
+    return Dumps(function, *args)
+
+
+def make_lock() -> object:
+    return threading.Lock()
+
+
+class NeedsTwo(Exception):
+    """An exception that its own pickle cannot rebuild."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+class HoldsLock(Exception):
+    """An exception that cannot be pickled."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+class ExitsOnLoad(Exception):
+    """An exception that does harm where it is unpickled; in the process `harmless` it is an ordinary one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sys.exit, ("from an exception",)
+
+
+def make_bytes(size: int) -> bytearray:
+    return bytearray(size)
+
+
+def echo_length(data: bytes) -> bytes:
+    return data
+
+
+# -- pools in pools
+
+
+def nested(method: str, depth: int) -> int:
+    """The sum of the leaves of a tree of pools."""
+    from multiprocessing import get_context
+
+    from dpool.multiprocessing.pool import Pool
+
+    if not depth:
+        return 1
+    with Pool(2, context=get_context(method)) as pool:
+        return sum(pool.starmap(nested, [(method, depth - 1)] * 2))
+
+
+def fork_in_task() -> int:
+    """A child of a worker, by a bare fork; returns its exit code."""
+    pid = os.fork()
+    if not pid:
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
