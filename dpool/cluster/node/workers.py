@@ -17,6 +17,7 @@ import weakref
 from multiprocessing import util
 
 from dpool.cluster.node.supervisor import Supervisor
+from dpool.cluster.store import segments
 from dpool.cluster.wire import frames
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, TRACE_BYTES, Handle, page_bytes, trace_offset
@@ -62,9 +63,9 @@ class Workers:
         for end in (self.tasks, self._results_end):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
         self._lifeline_end, self._lifeline = os.pipe()
-        self._page_fd = os.memfd_create("dpool-page", os.MFD_CLOEXEC)
         size = page_bytes(spec.processes)
-        os.ftruncate(self._page_fd, size)
+        # Its size is sealed: a worker's last words do not make it longer, however many they are.
+        self._page_fd = segments.Segment(size).descriptor
         self._map = mmap.mmap(self._page_fd, size)
         self.page = memoryview(self._map)[:spec.processes * SLOT_WORDS * 8].cast("Q")
         self._claims: dict[int, Any] = {}

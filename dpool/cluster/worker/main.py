@@ -69,7 +69,7 @@ class Worker:
         self.slot = setup.slot
         self.tasks = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, setup.tasks.descriptor)
         self.results = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, setup.results.descriptor)
-        words = memoryview(mmap.mmap(setup.page.descriptor, 0)).cast("Q")
+        words = memoryview(mmap.mmap(setup.page.descriptor, setup.slots * SLOT_WORDS * 8)).cast("Q")
         self.page = words[self.slot * SLOT_WORDS:(self.slot + 1) * SLOT_WORDS]
         self.claims = setup.claims
         self.left = setup.max_tasks or 1 << 62
