@@ -12,6 +12,7 @@ import pickle
 import threading
 
 from dpool.cluster.store import store
+from dpool.cluster.wire import frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count(1)
 _prefix = os.urandom(8)
+
+
+def _be_another() -> None:
+    """In a forked child: its objects must not have the names that its parent gives to its own."""
+    global _prefix
+    _prefix = os.urandom(8)
+
+
+os.register_at_fork(after_in_child=_be_another)
 
 
 def new_key() -> bytes:
@@ -135,7 +145,7 @@ class Sending:
                 continue
             entries.append((ref.key, stored.nbytes, stored.table, [inner.key for inner in stored.inner]))
             descriptors.append(here.share(stored))
-        return pickle.dumps((entries, layout)), descriptors
+        return frames.pack_refs(entries, layout), descriptors
 
 
 _local = threading.local()
@@ -149,7 +159,7 @@ class Accepted:
 
     def __init__(self, table: bytes | memoryview, descriptors: Sequence[int]) -> None:
         here = store.current()
-        entries, self._layout = pickle.loads(table)
+        entries, self._layout = frames.unpack_refs(table)
         self.refs: dict[bytes, ObjectRef] = {}
         inner_keys = []
         for (key, nbytes, where, inner), descriptor in zip(entries, descriptors, strict=True):

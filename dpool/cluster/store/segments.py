@@ -118,6 +118,15 @@ def read(descriptor: int, table: bytes | memoryview, ended: Callable[[int], obje
     return [view[offset:offset + length] for offset, length in _PART.iter_unpack(table[_HEAD.size:])]
 
 
+def places(table: bytes | memoryview) -> list[tuple[int, int]]:
+    """Where the parts of a table are: (offset, bytes) each. The rest of the segment is not theirs: it may hold what was
+    written there before. Raises ValueError if it is no table."""
+    try:
+        return list(_PART.iter_unpack(table[_HEAD.size:]))
+    except struct.error as error:
+        raise ValueError(f"a table of a segment is none: {error}") from None
+
+
 def whole(nbytes: int) -> bytes:
     """The table of a segment's first `nbytes` as one part."""
     return _PART.pack(0, nbytes)

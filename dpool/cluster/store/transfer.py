@@ -9,7 +9,7 @@ import fcntl
 import mmap
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 # The size is sealed, so that no reader can be made to fault beyond the end.
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -21,12 +21,23 @@ class BadPiece(Exception):
     """A piece that does not fit: the other side does not keep to the protocol."""
 
 
-def pieces(descriptor: int) -> Iterator[tuple[int, int, memoryview]]:
-    """(size of the segment, where the piece belongs, the piece) for all of it. The views keep it mapped."""
+def pieces(descriptor: int, parts: Sequence[tuple[int, int]] | None = None) -> list[tuple[int, int, memoryview]]:
+    """(size on the other side, where the piece belongs, the piece) for each piece of these (offset, bytes) parts, or of
+    the whole segment. What lies between and behind the parts stays here: it may be of an earlier use of the segment.
+    The views keep it mapped. Raises ValueError if a part is not in it."""
     size = os.fstat(descriptor).st_size
+    if parts is None:
+        parts = [(0, size)]
+    end = 0
+    for offset, count in parts:
+        if offset < end or offset + count > size:
+            raise ValueError(f"a segment of {size} bytes cannot have a part of {count} at {offset}")
+        end = offset + count
+    if not end:
+        return [(1, 0, memoryview(b"\0"))]  # nothing but empty parts: a segment has at least a byte
     whole = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ))
-    for start in range(0, size, PIECE_BYTES):
-        yield size, start, whole[start:start + PIECE_BYTES]
+    return [(end, at, whole[at:min(at + PIECE_BYTES, offset + count)])
+            for offset, count in parts for at in range(offset, offset + count, PIECE_BYTES)]
 
 
 class Arrivals:
@@ -40,14 +51,16 @@ class Arrivals:
         self._size = self._written = 0
 
     def add(self, size: int, start: int, piece: memoryview) -> None:
-        """The next piece. Raises BadPiece if it is not, OSError if there is no memory for it."""
+        """The next piece; what is left out between two of them is zeros. Raises BadPiece if it is not the next, OSError
+        if there is no memory for it."""
         if self._current < 0:
-            if start or not 0 < size <= self._most:
-                raise BadPiece(f"a segment of {size} bytes begins at {start}")
+            if not 0 < size <= self._most:
+                raise BadPiece(f"a segment of {size} bytes is announced")
             self._current = os.memfd_create("dpool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             self._size, self._written = size, 0
-        if size != self._size or start != self._written or start + piece.nbytes > size:
+        if size != self._size or start < self._written or not piece.nbytes or start + piece.nbytes > size:
             raise BadPiece(f"{piece.nbytes} bytes at {start} of {size} came after {self._written} of {self._size}")
+        self._written = start
         while piece.nbytes:
             count = os.pwrite(self._current, piece, self._written)
             self._written += count

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import struct
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 # A message up to this size goes through the socket; what is larger goes through a segment. Larger: fewer segments.
 # Smaller: more messages fit into the socket buffer, whose default is 208 KiB for all in flight.
 INLINE_MAX_BYTES = 32 * 1024
@@ -36,3 +40,47 @@ BY_NAME = 16  # the function's pickle names it and gives its digest
 DONE = 32  # the worker has left the batch; what it did not run, it never will
 NEED_VALUE = 64  # the worker has no such function by name; none of the tasks was begun
 BROKEN = 128  # the initializer failed; the worker ends. The body is its failure
+
+# The refs of a message: so many objects, so many places of its buffers. Then each object: its key, its size, the bytes
+# of its table, how many objects it refers to; then the table and their keys. Then each place: whether the buffer is an
+# object, and the object's key.
+_REFS = struct.Struct("<II")
+_OBJECT = struct.Struct("<16sQII")
+_PLACE = struct.Struct("<?16s")
+KEY_BYTES = 16
+_NO_KEY = bytes(KEY_BYTES)
+
+# An object on its way: key, size, table, keys of the objects that it refers to.
+Entry = tuple[bytes, int, bytes, list[bytes]]
+
+
+def pack_refs(entries: Sequence[Entry], layout: Sequence[bytes | None]) -> bytes:
+    """The refs of a message; `layout` says of each of its buffers which object holds it, None for its own segment."""
+    out = [_REFS.pack(len(entries), len(layout))]
+    for key, nbytes, table, inner in entries:
+        out += (_OBJECT.pack(key, nbytes, len(table), len(inner)), table, *inner)
+    out += (_PLACE.pack(key is not None, key or _NO_KEY) for key in layout)
+    return b"".join(out)
+
+
+def unpack_refs(data: bytes | memoryview) -> tuple[list[Entry], list[bytes | None]]:
+    """What pack_refs() was given. Raises ValueError if it is something else."""
+    try:
+        objects, places = _REFS.unpack_from(data)
+        at = _REFS.size
+        entries: list[Entry] = []
+        for _ in range(objects):
+            key, nbytes, table_bytes, count = _OBJECT.unpack_from(data, at)
+            inner_at = at + _OBJECT.size + table_bytes
+            table = bytes(data[at + _OBJECT.size:inner_at])
+            at = inner_at + count * KEY_BYTES
+            if at > len(data):
+                break
+            entries.append((key, nbytes, table, [bytes(data[i:i + KEY_BYTES])
+                                                 for i in range(inner_at, at, KEY_BYTES)]))
+        if at + places * _PLACE.size != len(data):
+            raise ValueError("the refs of a message are longer or shorter than they say")
+        layout = [key if held else None for held, key in _PLACE.iter_unpack(data[at:])]
+    except struct.error as error:
+        raise ValueError(f"the refs of a message are none: {error}") from None
+    return entries, layout
