@@ -476,7 +476,7 @@ class Group:
 
     def _on_death(self, death: Any) -> None:
         """A worker has ended: settle what it ran, start its replacement."""
-        stopped = death.slot in self._stopped
+        stopped = death.stopped or death.slot in self._stopped
         self._stopped.discard(death.slot)
         with self._lock:
             guilty = self._dispatch.died(death.batch, death.task, stopped) if death.batch else None

@@ -8,10 +8,11 @@ import signal
 class Death:
     """A worker has ended: what it was doing, and how it went."""
 
-    __slots__ = ("slot", "pid", "exitcode", "batch", "task", "ready", "trace", "expected", "host")
+    __slots__ = ("slot", "pid", "exitcode", "batch", "task", "ready", "trace", "expected", "host",
+                 "stopped")
 
     def __init__(self, slot: int, pid: int, exitcode: int | None, batch: int, task: int, ready: bool, trace: str,
-                 expected: bool, host: str | None = None) -> None:
+                 expected: bool, host: str | None = None, stopped: bool = False) -> None:
         self.slot = slot
         self.pid = pid
         self.exitcode = exitcode
@@ -21,6 +22,7 @@ class Death:
         self.trace = trace
         self.expected = expected
         self.host = host  # None: this one
+        self.stopped = stopped  # its node has ended it because the driver wanted its task stopped
 
     def describe(self) -> str:
         """How it ended, as a phrase: 'was killed by SIGKILL (-9)'."""
