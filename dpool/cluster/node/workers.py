@@ -71,6 +71,7 @@ class Workers:
         self._claims: dict[int, Any] = {}
         self._reused: dict[int, bool] = {}
         self.splits = self._can_split()
+        self.shares_memory = True
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.epoll()
         self._poll.register(self.results, select.EPOLLIN)
@@ -164,7 +165,12 @@ class Workers:
 
     def _watch(self, slot: int, process: Any) -> None:
         self._slots[slot] = process
-        pidfd = os.pidfd_open(process.pid)
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            # It has died and been reaped already, by the start of the next one or the fork server: in its place
+            # something that says so at the next poll.
+            pidfd = os.eventfd(1, os.EFD_CLOEXEC)
         self._pidfds[pidfd] = slot
         self._poll.register(pidfd, select.EPOLLIN)
 
@@ -266,8 +272,8 @@ class Workers:
             for pidfd in self._pidfds:
                 try:
                     signal.pidfd_send_signal(pidfd, number)
-                except (ProcessLookupError, PermissionError):
-                    pass
+                except OSError:
+                    pass  # it has ended already
 
     def close_tasks(self) -> None:
         """No more messages will be sent: each worker ends when it has read what there is."""
@@ -319,7 +325,7 @@ class Workers:
                 if slot in slots:
                     try:
                         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    except ProcessLookupError:
+                    except OSError:
                         pass  # it has ended already
         return slots
 
