@@ -43,6 +43,7 @@ def worker_main(setup: Setup) -> None:
     os.setpgid(0, 0)
     arm_lifeline(setup.lifeline.descriptor)
     _let_children_be()
+    signal.sigtimedwait((signal.SIGINT,), 0)  # a Ctrl-C for the driver's process group, until now this process's too
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
     worker = Worker(setup)
     try:
@@ -76,6 +77,7 @@ class Worker:
         self.functions: dict[int, Callable[..., Any]] = {}
         # A function that travels by value may hold much: one is kept, while more of its tasks will come.
         self.latest: tuple[int, Callable[..., Any] | None] = (0, None)
+        self.spare: tuple[int, int] | None = None  # a segment of the driver's to write results into, for this batch
         self.released: deque[int] = deque()  # segments of the driver's that nobody here looks at any more
         self.buffer = bytearray(frames.RECEIVE_BYTES)
         try:
@@ -109,7 +111,8 @@ class Worker:
 
     def _batch(self, message: memoryview, descriptors: list[int]) -> None:
         started = perf_counter_ns()
-        flags, mode, _, function_number, number, count, function_bytes, ref_bytes = frames.TASKS.unpack_from(message)
+        (flags, mode, _, function_number, number, count, function_bytes, ref_bytes,
+         spare) = frames.TASKS.unpack_from(message)
         self.page[TASK] = 0
         self.page[BATCH] = number
         claims = self.claims if count > 1 else None
@@ -119,6 +122,8 @@ class Worker:
         start = frames.TASKS.size
         refs = start + function_bytes
         body = refs + ref_bytes
+        if spare:
+            self.spare = spare, descriptors.pop()
         own = bool(flags & frames.FUNCTION_IN_SEGMENT) + bool(flags & frames.BODY_IN_SEGMENT)
         # What is prepared is handed over by its list, so that nothing here keeps it alive while it runs.
         prepared: list[Any] = []
@@ -238,18 +243,29 @@ class Worker:
         descriptor = -1
         body = packed.body
         if packed.buffers or len(body) + len(failures) + len(refs) > frames.INLINE_MAX_BYTES:
+            parts = [failures, body, *packed.buffers]
             try:
-                descriptor, body = segments.write([failures, body, *packed.buffers])
+                table = self._write_spare(parts)
+                if table is not None:
+                    body = table
+                    flags |= frames.BODY_IN_SPARE
+                else:
+                    descriptor, body = segments.write(parts)
+                    flags |= frames.BODY_IN_SEGMENT
+                    shared.insert(0, descriptor)
             except OSError as error:
                 # No memory for the results: each task learns it, instead of all hanging.
                 lost = [(i, *describe_exception(error, engine.RESULT_LOST)) for i in range(count)]
                 return self._send(flags & ~frames.ONE_PICKLE, number, first, [None] * count, _dump_failures(lost),
                                   executed, run_ns)
-            flags |= frames.BODY_IN_SEGMENT
             failures = b""
-            shared.insert(0, descriptor)
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", shared))] if shared else []
         released = b""
+        if self.spare is not None and flags & frames.DONE:
+            number_unused, unused = self.spare
+            os.close(unused)
+            self.spare = None
+            self.released.append(number_unused)
         if self.released:
             numbers = array("Q")
             while self.released:
@@ -264,6 +280,21 @@ class Worker:
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
+
+    def _write_spare(self, parts: Sequence[memoryview | bytes]) -> bytes | None:
+        """Write results into the segment that came for them: its table, None if there is none that is large enough."""
+        if self.spare is None:
+            return None
+        number, descriptor = self.spare
+        size = os.fstat(descriptor).st_size
+        if segments.needed(parts) > size:
+            return None
+        self.spare = None
+        segment = segments.Segment(size, descriptor)
+        try:
+            return segments.head(number) + segment.write(parts, warm=True)
+        finally:
+            segment.close()
 
     def _send_less(self, flags: int, number: int, first: int, values: list[Any], failures: bytes, executed: int,
                    run_ns: int) -> None:
