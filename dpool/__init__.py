@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
     from dpool.concurrent.futures.process import ProcessPoolExecutor as ProcessPoolExecutor
     from dpool.multiprocessing.pool import Pool as Pool
+    from dpool.session import init as init
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _names = {
+    "init": "dpool.session",
     "Pool": "dpool.multiprocessing.pool",
     "ProcessPoolExecutor": "dpool.concurrent.futures.process",
     "DpoolError": "dpool.errors",
@@ -26,6 +28,9 @@ _names = {
     "GroupBroken": "dpool.errors",
     "GroupTerminated": "dpool.errors",
     "RemoteError": "dpool.errors",
+    "ClusterError": "dpool.errors",
+    "KeyProblem": "dpool.errors",
+    "NodeLost": "dpool.errors",
     "ObjectStoreFull": "dpool.errors",
     "ObjectLost": "dpool.errors",
     "ObjectRef": "dpool.objects",

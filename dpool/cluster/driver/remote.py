@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import struct
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ import msgspec
 
 from dpool.batching import CREDITS_PER_WORKER
 from dpool.cluster.driver.client import Client, Pulse, Standing
-from dpool.cluster.store import segments
+from dpool.cluster.store import segments, store
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
 from dpool.cluster.wire import frames, messages, pickling, sessions
 from dpool.cluster.wire.death import Death
@@ -49,6 +50,10 @@ AVOID_S = 15.0
 REPLACE_WITHIN_S = 60.0
 # Functions and objects that a node keeps for a group, so that they travel once.
 MAX_KEPT = 64
+MAX_KEPT_OBJECTS = 1024
+
+_SLOT_AT = 2  # where frames.RESULTS has the slot
+_SLOT = struct.Struct("<H")
 
 
 class RemoteProcess:
@@ -58,7 +63,7 @@ class RemoteProcess:
         self.pid = slot.pid
         self.name = slot.name
         self.host = node.host
-        self.slot = slot.slot
+        self.slot = slot.slot  # as the node counts
         self.daemon = True
         self.exitcode: int | None = None
         self._port = port
@@ -110,8 +115,18 @@ class Node:
         self.outbox: deque[tuple[Any, ...]] = deque()
         self.arrivals = Arrivals()
         self.functions: OrderedDict[int, None] = OrderedDict()
+        self.objects: OrderedDict[bytes, None] = OrderedDict()
         self.stealing: set[int] = set()
+        self.stopping: set[tuple[int, int]] = set()
+        self.first_slot = 0  # added to the node's own number of a slot, so that no two workers of a group have the same
         self.demanded = 0
+
+
+class _Every(dict[int, int]):
+    """All batches there may be."""
+
+    def __contains__(self, batch: object) -> bool:
+        return True
 
 
 class RemoteSupervisor:
@@ -129,6 +144,8 @@ class ClusterPort:
     """A group's nodes. open() first, in any thread; then poll() by one thread."""
 
     splits = True
+    shares_memory = False
+    shares_memory = False
 
     def __init__(self, client: Client, spec: GroupSpec) -> None:
         self.client = client
@@ -224,7 +241,10 @@ class ClusterPort:
             self._prefix, self._first_number, spec.max_tasks, spec.on_demand, self._initializer >= 0,
             bytes(mp_process.current_process().authkey), os.getcwd(), [str(arg) for arg in sys.argv]),
             segments=1 if self._initializer >= 0 else 0)
+        node.first_slot = self._first_number % (1 << 16)
         self._first_number += node.workers
+        if spec.all_cpus:
+            spec.processes = max(sum(one.workers for one in self._nodes.values()), 1)
         self.client.watch(Pulse(node.key, node.addresses[0], lambda: node.session.received,
                                 lambda received: self._tell("echo", (node, received)),
                                 lambda why: self._tell("lost", (node, why))))
@@ -284,32 +304,64 @@ class ClusterPort:
     def send(self, parts: list[bytes], descriptors: list[int]) -> bool:
         """Deal one batch to the node that has the most room for it; False if there is none now."""
         flags, _, _, function, batch = frames.TASKS.unpack_from(parts[0])[:5]
+        objects = frames.unpack_refs(parts[2])[0] if parts[2] else []
         with self._lock:
             node = self._roomiest()
             if node is None:
                 return False
-            self._of_batch[batch] = node
-            node.inflight[batch] = None
             before: list[messages.Message] = []
             link_flags = 0
             travelling = list(descriptors)
+            # Mapped now: the descriptors are the group's, and may be closed when this returns.
+            carried = []
             if flags & frames.FUNCTION_IN_SEGMENT:
                 if function in node.functions:
                     node.functions.move_to_end(function)
                     link_flags = sessions.FUNCTION_KNOWN
                     del travelling[0]
                 else:
+                    carried.append(pieces(travelling.pop(0)))
                     if len(node.functions) >= MAX_KEPT:
                         before.append(messages.Forget(node.functions.popitem(last=False)[0]))
                     node.functions[function] = None
                     link_flags = sessions.FUNCTION_STORED
-            # Mapped now: the descriptors are the group's, and may be closed when this returns.
-            carried = [list(pieces(descriptor)) for descriptor in travelling]
+            if flags & frames.BODY_IN_SEGMENT:
+                carried.append(pieces(travelling.pop(0), segments.places(parts[3])))
+            if objects:
+                before += self._make_room(node, objects)
+            for (key, _, table, _), descriptor in zip(objects, travelling, strict=True):
+                if key in node.objects:
+                    node.objects.move_to_end(key)
+                else:
+                    carried.append(pieces(descriptor, segments.places(table)))
+                    node.objects[key] = None
             for message in before:
                 node.outbox.append((message,))
             node.outbox.append((carried, b"".join(parts), link_flags))
+            self._of_batch[batch] = node
+            node.inflight[batch] = None
         self._flush_or_wake()
         return True
+
+    def _make_room(self, node: Node, objects: Sequence[frames.Entry]) -> list[messages.Message]:
+        """What a node is to forget before it gets these objects: those that are gone here, and the oldest if it has too
+        many."""
+        gone = self._gone(node)
+        needed = {entry[0] for entry in objects}
+        for key in list(node.objects):
+            if len(node.objects) + len(needed) <= MAX_KEPT_OBJECTS:
+                break
+            if key not in needed:
+                del node.objects[key]
+                gone.append(key)
+        return [messages.ForgetObjects(gone)] if gone else []
+
+    def _gone(self, node: Node) -> list[bytes]:
+        here = store.current().objects
+        gone = [key for key in node.objects if key not in here]
+        for key in gone:
+            del node.objects[key]
+        return gone
 
     def _roomiest(self) -> Node | None:
         best, most = None, 0.0
@@ -326,7 +378,7 @@ class ClusterPort:
 
     def claimed(self) -> dict[int, int]:
         """Every batch: which of them no worker has begun is the nodes' to find out, and they say so."""
-        return dict.fromkeys(self._of_batch, 0)
+        return _Every()
 
     def steal(self, number: int) -> int:
         """Ask for the unbegun tasks of a batch; 0 now, STOLEN later."""
@@ -335,6 +387,16 @@ class ClusterPort:
             node.stealing.add(number)
             self._leave(node, messages.Steal(number))
         return 0
+
+    def stop(self, tasks: list[tuple[int, int]]) -> set[int]:
+        """Ask for the end of the workers that are in one of `tasks`, each (batch, index), now or later; their deaths
+        tell which they were."""
+        for batch, index in tasks:
+            node = self._of_batch.get(batch)
+            if node is not None and (batch, index) not in node.stopping:
+                node.stopping.add((batch, index))
+                self._leave(node, messages.Stop(batch, index))
+        return set()
 
     def signal(self, node: Node, slot: int, number: int) -> None:
         """Send a signal to one worker."""
@@ -439,6 +501,8 @@ class ClusterPort:
             result_flags, _, _, batch = frames.RESULTS.unpack_from(body)[:4]
             if result_flags & frames.DONE:
                 self._settle(batch)
+            slot = (_SLOT.unpack_from(body, _SLOT_AT)[0] + node.first_slot) % (1 << 16)
+            _SLOT.pack_into(body, _SLOT_AT, slot)
             events.append((0, body, descriptors))
         elif kind == sessions.CHUNK:
             size, start = sessions.CHUNK_HEADER.unpack(body)
@@ -452,6 +516,8 @@ class ClusterPort:
             if node is not None:
                 node.inflight.pop(batch, None)
                 node.stealing.discard(batch)
+                if node.stopping:
+                    node.stopping = {task for task in node.stopping if task[0] != batch}
 
     def _on_connection_message(self, node: Node, message: messages.Message,
                                events: list[tuple[int, Any, list[int]]]) -> None:
@@ -506,8 +572,9 @@ class ClusterPort:
         self.supervisor.failed_starts = message.failed_starts
         if message.batch:
             self._settle(message.batch)
-        events.append((1, Death(message.slot, message.pid, message.exitcode, message.batch, message.task,
-                                message.ready, message.trace, message.expected, node.host), []))
+        slot = (message.slot + node.first_slot) % (1 << 16)
+        events.append((1, Death(slot, message.pid, message.exitcode, message.batch, message.task, message.ready,
+                                message.trace, message.expected, node.host, message.stopped), []))
 
     # -- connections that break, nodes that are lost
 
@@ -547,6 +614,11 @@ class ClusterPort:
                 node, received = what
                 if received <= node.session.sent:
                     node.session.acknowledged(received)
+                if node.objects and not node.lost:
+                    with self._lock:
+                        gone = self._gone(node)
+                    if gone:
+                        self._leave(node, messages.ForgetObjects(gone))
             else:
                 node, why = what
                 self._lose(node, why, events)

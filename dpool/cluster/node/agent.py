@@ -18,6 +18,7 @@ import termios
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable
 from fcntl import ioctl
 
@@ -28,6 +29,7 @@ from dpool.cluster.node.ledger import Ledger
 from dpool.cluster.node.output import Output
 from dpool.cluster.node.starting import Worker, Zygote, ZygoteContext, memory_bytes
 from dpool.cluster.node.workers import MESSAGE, Workers
+from dpool.cluster.store import segments
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
 from dpool.cluster.wire import frames, messages, sessions
 from dpool.cluster.wire.death import Death
@@ -45,6 +47,8 @@ BROKEN_AFTER_S = 5.0
 ORPHAN_AFTER_S = 300.0
 # A driver that is behind in reading is not sent more of what its workers print.
 MAX_UNREAD_OUTPUT = 64
+# A task that is to be stopped may stand in the workers' socket, and no worker says when it begins it.
+STOP_RECHECK_S = 0.01
 # Results of one group that are forwarded before the others have their turn.
 _BURST = 64
 
@@ -61,6 +65,7 @@ class Part:
         self.gone_at = now + DRIVER_LEASE_S
         self.arrivals = Arrivals()
         self.functions: dict[int, int] = {}  # number -> the descriptor of its segment
+        self.objects: dict[bytes, int] = {}  # key -> the descriptor of its segment
         self.ledger: Ledger[Batch] = Ledger()
         self.output = Output()
         self.group = b""
@@ -70,6 +75,8 @@ class Part:
         self.ending = False
         self.paused = False
         self.requests: dict[int, int] = {}  # a worker's question -> the socket it waits at
+        self.stops: set[tuple[int, int]] = set()  # tasks to be stopped: batch, index
+        self.stopped: set[int] = set()  # slots of workers that were ended for that
 
     def close(self) -> None:
         """Give every descriptor back; its workers must have ended or be ending."""
@@ -78,7 +85,8 @@ class Part:
         self.arrivals.close()
         self.output.close()
         batches = [message for _, _, message in self.ledger.waiting]
-        for descriptor in (*self.functions.values(), *self.requests.values(), *(d for _, ds in batches for d in ds)):
+        waiting = (descriptor for _, descriptors in batches for descriptor in descriptors)
+        for descriptor in (*self.functions.values(), *self.objects.values(), *self.requests.values(), *waiting):
             os.close(descriptor)
         if self.initializer >= 0:
             os.close(self.initializer)
@@ -140,14 +148,17 @@ class Agent:
                         deadline = min(deadline, part.ledger.deadline)
                     if part.ending:
                         deadline = min(deadline, now + 0.05)
+                    if part.stops:
+                        deadline = min(deadline, now + STOP_RECHECK_S)
                 ready = self._waker.wait(deadline - now)
                 self._listener.authenticate()
                 for descriptor in ready:
                     part_or_none = self._by_descriptor.get(descriptor)
                     if part_or_none is not None:
                         self._on_part(part_or_none, descriptor)
-                for part in [part for part in self._parts.values() if part.ending or part.ledger.deadline is not None]:
-                    self._on_time(part, time.monotonic())
+                for part in list(self._parts.values()):
+                    if part.ending or part.stops or part.ledger.deadline is not None:
+                        self._on_time(part, time.monotonic())
                 # Last, and until there is nothing: sending, too, may use up the news of what has come.
                 for message in self._head.receive():
                     self._from_head(message[0])
@@ -230,7 +241,7 @@ class Agent:
         if received.role != DRIVER or len(received.frames[0]) < sessions.HEADER.size:
             return
         head = received.frames[0]
-        kind, flags, segments, _, number, acknowledged = sessions.HEADER.unpack_from(head)
+        kind, flags, arrived, _, number, acknowledged = sessions.HEADER.unpack_from(head)
         body = head[sessions.HEADER.size:]
         try:
             if not number and kind == sessions.CONTROL:
@@ -240,7 +251,7 @@ class Agent:
             if part is None or kind not in sessions.KINDS:
                 return
             if part.session.accept(kind, number, acknowledged):
-                self._on_message(part, kind, flags, segments, body, received.frames)
+                self._on_message(part, kind, flags, arrived, body, received.frames)
             if part.session.owes_acknowledgement:
                 self._listener.send(received.peer, part.session.acknowledgement())
             if part.paused and len(part.session.unacknowledged) < MAX_UNREAD_OUTPUT:
@@ -250,8 +261,7 @@ class Agent:
             # It has the key, and talks nonsense, or there is no memory for what it sends: its session ends.
             part = self._by_peer.get(received.peer)
             if part is not None:
-                self._post(part, messages.Failed(f"{type(error).__name__}: {error}"))
-                self._drop(part)
+                self._fail(part, error)
 
     def _on_connection(self, peer: bytes, message: messages.ToNode) -> None:
         """A message about a connection or session as a whole."""
@@ -295,24 +305,40 @@ class Agent:
             part.peer = None
             part.gone_at = min(part.gone_at, now + BROKEN_AFTER_S)
 
-    def _on_message(self, part: Part, kind: int, flags: int, segments: int, body: memoryview,
+    def _on_message(self, part: Part, kind: int, flags: int, arrived: int, body: memoryview,
                     received: list[memoryview]) -> None:
         if kind == sessions.TASKS:
-            self._on_tasks(part, flags, segments, body)
+            self._on_tasks(part, flags, arrived, body)
         elif kind == sessions.CHUNK:
             size, start = sessions.CHUNK_HEADER.unpack(body)
             part.arrivals.add(size, start, received[1])
         elif kind == sessions.CONTROL:
-            self._on_control(part, messages.to_node.decode(body), segments)
+            self._on_control(part, messages.to_node.decode(body), arrived)
 
-    def _on_tasks(self, part: Part, flags: int, segments: int, body: memoryview) -> None:
-        _, _, _, function, batch, count = frames.TASKS.unpack_from(body)[:6]
-        descriptors = part.arrivals.take(segments)
-        if flags & sessions.FUNCTION_STORED:
-            part.functions[function] = descriptors.pop(0)
-        if flags & (sessions.FUNCTION_STORED | sessions.FUNCTION_KNOWN):
+    def _on_tasks(self, part: Part, flags: int, arrived: int, body: memoryview) -> None:
+        task_flags, _, _, function, batch, count, function_bytes, ref_bytes = frames.TASKS.unpack_from(body)[:8]
+        came = deque(part.arrivals.take(arrived))
+        descriptors: list[int] = []
+        try:
             # A descriptor of its own for each batch, so that all are closed alike.
-            descriptors.insert(0, os.dup(part.functions[function]))
+            if flags & sessions.FUNCTION_STORED:
+                part.functions[function] = came.popleft()
+            if flags & (sessions.FUNCTION_STORED | sessions.FUNCTION_KNOWN):
+                descriptors.append(os.dup(part.functions[function]))
+            if task_flags & frames.BODY_IN_SEGMENT:
+                descriptors.append(came.popleft())
+            if ref_bytes:
+                start = frames.TASKS.size + function_bytes
+                for key, *_ in frames.unpack_refs(body[start:start + ref_bytes])[0]:
+                    if key not in part.objects:
+                        part.objects[key] = came.popleft()
+                    descriptors.append(os.dup(part.objects[key]))
+            if came:
+                raise BadPiece(f"{len(came)} segments came that belong to nothing")
+        except (OSError, ValueError, LookupError, BadPiece) as error:
+            for descriptor in (*descriptors, *came):
+                os.close(descriptor)
+            raise BadPiece(f"a batch cannot be taken in: {type(error).__name__}: {error}") from error
         part.ledger.add(batch, count, (body, descriptors))
         self._hand_over(part)
 
@@ -330,10 +356,10 @@ class Agent:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _on_control(self, part: Part, message: messages.ToNode, segments: int) -> None:
+    def _on_control(self, part: Part, message: messages.ToNode, arrived: int) -> None:
         workers = part.workers
         if isinstance(message, messages.Open):
-            self._open(part, message, segments)
+            self._open(part, message, arrived)
         elif workers is None:
             return
         elif isinstance(message, messages.Demand):
@@ -342,6 +368,9 @@ class Agent:
             self._start(part, workers, before)
         elif isinstance(message, messages.Steal):
             self._steal(part, workers, message.batch)
+        elif isinstance(message, messages.Stop):
+            part.stops.add((message.batch, message.task))
+            self._stop_tasks(part, workers)
         elif isinstance(message, messages.CloseTasks):
             part.ending = True
             self._close_tasks(part, workers)
@@ -360,13 +389,18 @@ class Agent:
             descriptor = part.functions.pop(message.function, -1)
             if descriptor >= 0:
                 os.close(descriptor)
+        elif isinstance(message, messages.ForgetObjects):
+            for key in message.keys:
+                descriptor = part.objects.pop(key, -1)
+                if descriptor >= 0:
+                    os.close(descriptor)
         elif isinstance(message, messages.Found):
-            self._on_found(part, message, segments)
+            self._on_found(part, message, arrived)
 
     # -- groups
 
-    def _open(self, part: Part, message: messages.Open, segments: int) -> None:
-        descriptors = part.arrivals.take(segments)
+    def _open(self, part: Part, message: messages.Open, arrived: int) -> None:
+        descriptors = part.arrivals.take(arrived)
         part.initializer = descriptors[0] if message.initializer else -1
         if part.workers is not None:
             raise ValueError("a session was opened twice")
@@ -421,6 +455,13 @@ class Agent:
             return
         self._post(part, messages.Stolen(batch, workers.steal(batch)))
 
+    def _stop_tasks(self, part: Part, workers: Workers) -> None:
+        """End the workers that are in a task to be stopped. One that is still to be begun is looked at again."""
+        ledger = part.ledger
+        waiting = {batch for batch, _, _ in ledger.waiting}
+        part.stops = {task for task in part.stops if task[0] in ledger.handed or task[0] in waiting}
+        part.stopped |= workers.stop(list(part.stops))
+
     def _close_tasks(self, part: Part, workers: Workers) -> None:
         if not part.ledger.waiting:
             workers.close_tasks()
@@ -442,26 +483,42 @@ class Agent:
             if not events:
                 break
             for kind, what, descriptors in events:
-                if kind == MESSAGE:
-                    self._on_results(part, what, descriptors)
-                else:
+                if kind != MESSAGE:
                     self._on_death(part, workers, what)
+                    continue
+                try:
+                    self._on_results(part, what, descriptors)
+                except (OSError, ValueError) as error:
+                    # A worker writes nonsense, or there is no memory to send what it has written.
+                    self._fail(part, error)
+                    return
         if part.ledger.waiting:
             self._hand_over(part)
 
     def _on_results(self, part: Part, message: memoryview, descriptors: list[int]) -> None:
-        flags, _, _, batch, _, count = frames.RESULTS.unpack_from(message)[:6]
+        (flags, _, _, batch, _, count, _, _, failure_bytes, ref_bytes, _) = frames.RESULTS.unpack_from(message)
         part.ledger.reported(batch, count, bool(flags & frames.DONE))
-        for descriptor in descriptors:
-            self._post_segment(part, descriptor)
-            os.close(descriptor)
+        # A body's segment is new, so all of it is the body's; that of an object may have been used before.
+        parts: list[list[tuple[int, int]] | None] = [None] if flags & frames.BODY_IN_SEGMENT else []
+        try:
+            if ref_bytes:
+                start = frames.RESULTS.size + failure_bytes
+                entries, _ = frames.unpack_refs(message[start:start + ref_bytes])
+                parts += (segments.places(table) for _, _, table, _ in entries)
+            for descriptor, places in zip(descriptors, parts, strict=True):
+                self._post_segment(part, descriptor, places)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
         self._send(part, part.session.wrap(sessions.RESULTS, (message,), segments=len(descriptors)))
 
     def _on_death(self, part: Part, workers: Workers, death: Death) -> None:
         part.ledger.died(death.batch, workers.claimed(), time.monotonic())
         before = {process.pid for process in workers.processes}
         self._post(part, messages.Died(death.slot, death.pid, death.exitcode, death.batch, death.task, death.ready,
-                                       death.trace, death.expected, workers.supervisor.failed_starts))
+                                       death.trace, death.expected, workers.supervisor.failed_starts,
+                                       death.slot in part.stopped))
+        part.stopped.discard(death.slot)
         if not part.ending and not workers.supervisor.hopeless:
             self._start(part, workers, before)
 
@@ -473,6 +530,8 @@ class Agent:
             self._on_part(part, workers._poll.fileno())  # its poll() also keeps the time of kill()
             if not workers.supervisor.closing:
                 self._close_tasks(part, workers)
+        if part.stops:
+            self._stop_tasks(part, workers)
         if part.ledger.deadline is not None and part.ledger.deadline <= now:
             for batch in part.ledger.lost(workers.claimed(), _unread(workers), now):
                 self._post(part, messages.Lost(batch))
@@ -499,8 +558,8 @@ class Agent:
         part.requests[descriptors[0]] = descriptors[0]
         self._post(part, messages.Wanted(descriptors[0], data.decode("utf-8", "replace")))
 
-    def _on_found(self, part: Part, message: messages.Found, segments: int) -> None:
-        found = part.arrivals.take(segments)
+    def _on_found(self, part: Part, message: messages.Found, arrived: int) -> None:
+        found = part.arrivals.take(arrived)
         asker = part.requests.pop(message.request, -1)
         if asker >= 0:
             with socket.socket(fileno=asker) as worker:
@@ -517,8 +576,8 @@ class Agent:
     def _post(self, part: Part, message: messages.Message) -> None:
         self._send(part, part.session.wrap(sessions.CONTROL, (messages.encode(message),)))
 
-    def _post_segment(self, part: Part, descriptor: int) -> None:
-        for size, start, piece in pieces(descriptor):
+    def _post_segment(self, part: Part, descriptor: int, places: list[tuple[int, int]] | None) -> None:
+        for size, start, piece in pieces(descriptor, places):
             self._send(part, part.session.wrap(sessions.CHUNK, (sessions.CHUNK_HEADER.pack(size, start),),
                                                beside=piece))
 
@@ -527,6 +586,11 @@ class Agent:
             self._listener.send(part.peer, message)
 
     # -- the end of a part
+
+    def _fail(self, part: Part, error: Exception) -> None:
+        """Its driver is told why, and it ends."""
+        self._post(part, messages.Failed(f"{type(error).__name__}: {error}"))
+        self._drop(part)
 
     def _drop(self, part: Part) -> None:
         """Forget a part at once: what still runs of it is killed."""

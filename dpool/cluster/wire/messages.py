@@ -231,6 +231,13 @@ class Steal(Message, frozen=True):
     batch: Number
 
 
+class Stop(Message, frozen=True):
+    """End the worker that runs this task of this batch, as soon as one does."""
+
+    batch: Number
+    task: Number
+
+
 class CloseTasks(Message, frozen=True):
     """No more tasks will come: the workers end after those that have."""
 
@@ -252,6 +259,12 @@ class Forget(Message, frozen=True):
     """The function's segment will not be needed again."""
 
     function: Number
+
+
+class ForgetObjects(Message, frozen=True):
+    """These objects, which came with batches of this session, will not be needed again."""
+
+    keys: Annotated[list[Id], Meta(max_length=1 << 16)]
 
 
 class Bye(Message, frozen=True):
@@ -314,6 +327,7 @@ class Died(Message, frozen=True):
     trace: Text
     expected: bool
     failed_starts: Count
+    stopped: bool = False  # because the driver wanted it stopped
 
 
 class Lost(Message, frozen=True):
@@ -352,7 +366,8 @@ class Found(Message, frozen=True):
 
 ToHead = NodeState | DriverState | Ask | StopCluster | Leaving
 FromHead = Welcome | Refused | Placed | Report | StopCluster
-ToNode = Open | Resume | Pulse | Demand | Steal | CloseTasks | Kill | Signal | Forget | Bye | Found
+ToNode = (Open | Resume | Pulse | Demand | Steal | Stop | CloseTasks | Kill | Signal | Forget | ForgetObjects | Bye
+          | Found)
 FromNode = (Opened | Failed | Gone | Resumed | Pulse | Started | Died | Lost | Stolen | Output | Wanted)
 
 encode = msgspec.msgpack.Encoder().encode
