@@ -336,6 +336,9 @@ class MapResult(ApplyResult, _stdlib.MapResult):  # type: ignore[type-arg]
             self._settle(self._success, self._value)
 
 
+_nothing = object()
+
+
 class _Raise:
     """Stands in an iterator's queue for an exception to raise there."""
 
@@ -371,6 +374,8 @@ class IMapIterator(_stdlib.IMapIterator):  # type: ignore[type-arg]
         try:
             item = self._items.popleft()
         except IndexError:
+            item = _nothing
+        if item is _nothing:  # outside the handler, or the traceback of a Ctrl-C would speak of an IndexError
             item = self._wait(timeout)
         self._index += 1
         if type(item) is _Raise:
