@@ -525,8 +525,9 @@ def _is_async(function: Any) -> bool:
 def _spec(processes: Any, initializer: Any, initargs: Any, max_tasks: Any, context: Any, retries: Any) -> GroupSpec:
     import multiprocessing
 
+    all_cpus = processes is None
     if processes is None:
-        processes = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+        processes = session.default_processes()
     if isinstance(processes, bool) or not hasattr(processes, "__index__"):
         raise TypeError(f"processes must be an int or None, not {type(processes).__name__}")
     processes = int(processes)
@@ -552,7 +553,8 @@ def _spec(processes: Any, initializer: Any, initargs: Any, max_tasks: Any, conte
                    f"not {context!r}")
     # Forking once threads run is what can deadlock, so where workers are forked all are at once.
     on_demand = context.get_start_method(allow_none=False) != "fork"
-    return GroupSpec(processes, context, initializer, initargs, max_tasks, retries, on_demand, "AsyncWorker")
+    return GroupSpec(processes, context, initializer, initargs, max_tasks, retries, on_demand, "AsyncWorker",
+                     all_cpus=all_cpus)
 
 
 def _close_group(group: Any, pid: int) -> None:

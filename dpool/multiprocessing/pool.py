@@ -69,6 +69,7 @@ class Pool(_stdlib.Pool):
         self._pool: list[Any] = []
         self._state = INIT
         self._ctx = context or get_context()
+        all_cpus = processes is None
         if processes is None:
             processes = _cpu_count()
         _check_processes(processes)
@@ -83,7 +84,7 @@ class Pool(_stdlib.Pool):
         self._cache: dict[int, Any] = {}
         make = type(self).Process
         spec = GroupSpec(processes, self._ctx, initializer, self._initargs, maxtasksperchild,
-                         start_process=lambda **kwargs: make(self_ctx, **kwargs))
+                         start_process=lambda **kwargs: make(self_ctx, **kwargs), all_cpus=all_cpus)
         self_ctx = self._ctx
         group: Any = session.current().open_group(spec)
         self._group: WorkerGroup = group
@@ -533,8 +534,7 @@ def _exc_info() -> tuple[Any, Any, Any]:
 
 
 def _cpu_count() -> int:
-    count = getattr(os, "process_cpu_count", os.cpu_count)
-    return count() or 1
+    return session.default_processes()
 
 
 def _check_processes(processes: Any) -> None:
