@@ -5,6 +5,8 @@ Holds nothing itself. Values stay in the process that put them and in those that
 
 from __future__ import annotations
 
+import pickle
+
 from dpool.cluster.store import refs as _refs
 from dpool.cluster.store import store as _store
 from dpool.cluster.store.refs import ObjectRef
@@ -19,6 +21,7 @@ __all__ = ["ObjectRef", "configure", "get", "memory_summary", "put", "wait"]
 
 # Objects up to this size travel inside the messages that name them. Larger: fewer descriptors. Smaller: less copying.
 SMALL_BYTES = 16 * 1024
+_PLAIN = frozenset((int, float, complex, bool, type(None)))
 
 
 def put(value: Any) -> ObjectRef:
@@ -27,12 +30,15 @@ def put(value: Any) -> ObjectRef:
     Blocks for one copy of the value's buffers. Raises what pickling raises, and ObjectStoreFull if the store's limit
     leaves no room and nothing can be spilled to disk.
     """
+    if type(value) in _PLAIN:  # what needs no care, and is put by the thousand
+        data = pickle.dumps(value, pickling.PROTOCOL)
+        return ObjectRef(_refs.new_key(), len(data), None, data)
     if isinstance(value, ObjectRef):
         raise TypeError("put() of an ObjectRef: it is stored already; put a list of refs to store several as one")
     buffers: list[memoryview] = []
     with _refs.Sending() as inside:
         data = pickling.dumps(value, buffers, by_value=True)
-    inner = list(inside.refs.values())
+    inner = list(inside.refs.values()) if inside.refs else ()
     key = _refs.new_key()
     if not buffers and len(data) <= SMALL_BYTES:
         return ObjectRef(key, len(data), None, data, inner)
@@ -43,7 +49,8 @@ def put(value: Any) -> ObjectRef:
 
 def get(refs: ObjectRef | Sequence[ObjectRef], timeout: float | None = None) -> Any:
     """The value of a ref, or the list of values of several. Large buffers are mapped copy-on-write: no copy is made,
-    and they are writable. `timeout`, in seconds, bounds the wait for values that are not here yet.
+    and they are writable. `timeout`, in seconds, bounds the wait for values that are not here yet; there are none such
+    so far, for a ref is given out when its value is stored.
 
     Raises TypeError for what is no ref, and ObjectLost if a value cannot be had any more.
     """
@@ -65,7 +72,7 @@ def wait(refs: Iterable[ObjectRef], num_returns: int = 1,
 
 
 def _checked(refs: Iterable[ObjectRef]) -> list[ObjectRef]:
-    listed = list(refs)
+    listed: list[Any] = list(refs) if hasattr(refs, "__iter__") else [refs]
     for ref in listed:
         if not isinstance(ref, ObjectRef):
             raise TypeError(f"expected ObjectRefs, got {type(ref).__name__}; a ref is what put() returns")

@@ -11,7 +11,7 @@ import os
 import pickle
 import threading
 
-from dpool.cluster.store import store
+from dpool.cluster.store import segments, store
 from dpool.cluster.wire import frames
 
 TYPE_CHECKING = False
@@ -75,11 +75,18 @@ class ObjectRef:
         if sending is None:
             raise TypeError("an ObjectRef can be pickled only into a task, a task's result, or an object that is put")
         if self._data is not None:
+            sending.any = True
             for inner in self._inner:
                 sending.add(inner)
             return _rebuild_small, (self.key, self._data, self._inner)
         sending.add(self)
         return _rebuild, (self.key,)
+
+    def __copy__(self) -> ObjectRef:
+        return self
+
+    def __deepcopy__(self, memo: object) -> ObjectRef:
+        return self
 
     def __await__(self) -> Any:
         """The value; it is here, so nothing is waited for."""
@@ -104,16 +111,32 @@ def _rebuild(key: bytes) -> ObjectRef:
     return ObjectRef(key, stored.nbytes, stored, None)
 
 
-class Sending:
-    """While it is entered, refs may be pickled in this thread; they gather in `refs`, with those inside them."""
+class Descriptors:
+    """Descriptors that are closed when this goes."""
 
-    __slots__ = ("refs", "_outer")
+    __slots__ = ("numbers",)
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def __del__(self) -> None:
+        for number in self.numbers:
+            os.close(number)
+
+
+class Sending:
+    """While it is entered, refs may be pickled in this thread; those of large objects gather in `refs`, with those
+    inside them. `any` is true if there were refs at all."""
+
+    __slots__ = ("refs", "any", "_outer", "_descriptors")
 
     def __init__(self, refs: Iterable[ObjectRef] = ()) -> None:
         self.refs: dict[bytes, ObjectRef] = {ref.key: ref for ref in refs}
+        self.any = False
 
     def add(self, ref: ObjectRef) -> None:
         """`ref` goes along."""
+        self.any = True
         if ref.key not in self.refs:
             self.refs[ref.key] = ref
             for inner in ref._stored.inner if ref._stored is not None else ref._inner:
@@ -129,23 +152,26 @@ class Sending:
         _local.sending = self._outer
 
     def export(self, layout: Sequence[bytes | None] = ()) -> tuple[bytes, list[int]]:
-        """What to send along: a table, b"" if there is nothing to say, and descriptors that stay the store's.
+        """What to send along: a table, b"" if there are no refs, and descriptors that live as long as this object.
 
         `layout` has an entry for each buffer of the message: the key of the object that holds it, None for one that
-        comes in the message's own segment.
+        comes in the message's own segment. Raises ObjectStoreFull if there is no room to bring an object back from
+        disk, OSError if there are too many descriptors.
         """
         if not self.refs and not layout:
-            return b"", []
+            return (frames.pack_refs((), ()) if self.any else b""), []
         entries = []
-        descriptors = []
         here = store.current()
+        # Of its own: an object that has to make room for the next one, or for somebody else's, is still here to send.
+        self._descriptors = Descriptors()
+        descriptors = self._descriptors.numbers
         for ref in self.refs.values():
             stored = ref._stored
             if stored is None:
                 continue
             entries.append((ref.key, stored.nbytes, stored.table, [inner.key for inner in stored.inner]))
             descriptors.append(here.share(stored))
-        return frames.pack_refs(entries, layout), descriptors
+        return frames.pack_refs(entries, layout), list(descriptors)
 
 
 _local = threading.local()
@@ -157,14 +183,17 @@ class Accepted:
 
     __slots__ = ("refs", "_layout")
 
-    def __init__(self, table: bytes | memoryview, descriptors: Sequence[int]) -> None:
+    def __init__(self, table: bytes | memoryview, descriptors: list[int]) -> None:
+        """Takes the descriptors out of the list one by one; if this raises, those left in it are still the caller's."""
         here = store.current()
         entries, self._layout = frames.unpack_refs(table)
+        if len(entries) != len(descriptors):
+            raise segments.too_many_open()
         self.refs: dict[bytes, ObjectRef] = {}
         inner_keys = []
-        for (key, nbytes, where, inner), descriptor in zip(entries, descriptors, strict=True):
-            stored = here.take_over(key, nbytes, where, descriptor, [])
-            self.refs[key] = ObjectRef(key, nbytes, here.hold(key), None)
+        for key, nbytes, where, inner in entries:
+            stored = here.take_over(key, nbytes, where, descriptors.pop(0))
+            self.refs[key] = ObjectRef(key, nbytes, stored, None)
             if inner and not stored.inner:
                 inner_keys.append((stored, inner))
         for stored, keys in inner_keys:

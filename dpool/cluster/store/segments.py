@@ -81,6 +81,16 @@ class Segment:
             self.descriptor = -1
 
 
+def too_many_open() -> OSError:
+    """That this process may open no more files, and what its limit is."""
+    import errno
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return OSError(errno.EMFILE, f"too many open files: each large value takes one, and this process may have {limit} "
+                                 "(RLIMIT_NOFILE, ulimit -n)")
+
+
 def needed(parts: Sequence[memoryview | bytes]) -> int:
     """How many bytes of segment `parts` take."""
     return sum(-(-memoryview(part).nbytes // ALIGN) * ALIGN for part in parts)

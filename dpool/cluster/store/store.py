@@ -93,7 +93,7 @@ class Stored:
                  "origin")
 
     def __init__(self, key: bytes, nbytes: int, table: bytes, segment: Segment | None, number: int,
-                 inner: list[Any], owned: bool) -> None:
+                 inner: Sequence[Any], owned: bool) -> None:
         self.key = key
         self.nbytes = nbytes
         self.table = table
@@ -189,7 +189,7 @@ class Store:
 
     # -- objects
 
-    def put(self, key: bytes, parts: Sequence[memoryview | bytes], inner: list[Any]) -> Stored:
+    def put(self, key: bytes, parts: Sequence[memoryview | bytes], inner: Sequence[Any]) -> Stored:
         """Store `parts` as object `key`, which lives while it has handles: see hold().
 
         Raises ObjectStoreFull or OSError.
@@ -208,16 +208,19 @@ class Store:
             stored = self.objects[key] = Stored(key, nbytes, table, segment, number, inner, True)
         return stored
 
-    def take_over(self, key: bytes, nbytes: int, table: bytes, descriptor: int, inner: list[Any]) -> Stored:
-        """An object of another process's store, whose descriptor came with a message. It counts there."""
+    def take_over(self, key: bytes, nbytes: int, table: bytes, descriptor: int) -> Stored:
+        """One handle for an object of another process's store, whose descriptor came with a message. It counts there.
+        """
         with self._lock:
             self._work_off()
             stored = self.objects.get(key)
-            if stored is not None:
-                os.close(descriptor)
+            if stored is None:
+                stored = self.objects[key] = Stored(key, nbytes, table, None, 0, (), False)
+            if stored.segment is None and stored.spill is None:
+                stored.segment = Segment(os.fstat(descriptor).st_size, descriptor)
             else:
-                stored = Stored(key, nbytes, table, Segment(os.fstat(descriptor).st_size, descriptor), 0, inner, False)
-                self.objects[key] = stored
+                os.close(descriptor)
+            stored.refs += 1
         return stored
 
     def hold(self, key: bytes) -> Stored:
@@ -245,12 +248,13 @@ class Store:
         self._note(lambda: self.ledger.view(key, -1, time.monotonic()))
 
     def share(self, stored: Stored) -> int:
-        """A descriptor of the object to send to another process; it stays the store's."""
+        """A descriptor of the object to send to another process, for the caller to close: the store may spill it
+        meanwhile."""
         with self._lock:
             segment = self._present(stored)
             if stored.owned:
                 self.ledger.share(stored.key, time.monotonic())
-            return segment.descriptor
+            return os.dup(segment.descriptor)
 
     def drop(self, key: bytes) -> None:
         """One handle less; with the last one the object goes. Safe in a finalizer."""

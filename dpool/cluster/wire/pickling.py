@@ -34,7 +34,17 @@ _LIFTED = frozenset((bytes, bytearray, tuple, list))
 
 _CONNECTION = b"multiprocessing.connection"
 
-_plain_reducers = len(ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
+# So many reductions are registered, all of them multiprocessing's own, which plain pickle does without.
+_plain_reducers = -1
+
+
+def _only_plain(extra: dict[Any, Any]) -> bool:
+    """Whether nobody has registered reductions of their own with multiprocessing."""
+    global _plain_reducers
+    if all(reduce.__module__ in ("multiprocessing.reduction", "multiprocessing.connection")
+           for reduce in extra.values()):
+        _plain_reducers = len(extra)
+    return len(extra) == _plain_reducers
 
 
 class Packed:
@@ -107,7 +117,7 @@ def dumps(value: Any, buffers: list[memoryview] | None = None, by_value: bool = 
     callback = None if buffers is None else beside
     extra = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
     try:
-        if len(extra) == _plain_reducers:
+        if len(extra) == _plain_reducers or _only_plain(extra):
             # Most values; nobody has registered reductions of their own with multiprocessing.
             data = pickle.dumps(_lift(value), PROTOCOL, buffer_callback=callback)
             if _CONNECTION not in data:
