@@ -22,12 +22,14 @@ NODE_LOSSES = 3
 
 
 class Timing:
-    """How long one task of a function takes, in ns; None until the first one has finished."""
+    """What is known of a function's tasks: how long one takes, in ns, None until the first one has finished; and how
+    large its last results were, in bytes, 0 if too small to go beside the message."""
 
-    __slots__ = ("estimate_ns",)
+    __slots__ = ("estimate_ns", "result_bytes")
 
     def __init__(self) -> None:
         self.estimate_ns: int | None = None
+        self.result_bytes = 0
 
 
 class Job:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         """The way to a group's workers: dpool.cluster.node.workers.Workers, or a link to another machine."""
 
         splits: bool
+        shares_memory: bool  # a segment that is sent is the receiver's too, not copied
         processes: list[Any]
 
         @property
@@ -100,6 +101,8 @@ class Group:
         self._stopped: set[int] = set()  # slots whose workers were ended to stop a task, until they are dead
         self._lent: set[int] = set()  # batches that were sent a segment of the store's
         self._pid = os.getpid()
+        self._store = store.current()
+        self._store.attach()
         self._thread = threading.Thread(target=self._loop, name=f"dpool-{next(_names)}", daemon=True)
         self._thread.start()
 
@@ -238,6 +241,7 @@ class Group:
             raise
         if errors:
             self._refuse(batch, errors)
+            errors.clear()  # the frames of their tracebacks lead back to this one
             return True
         flags = function.flags
         if packed.one:
@@ -254,7 +258,7 @@ class Group:
             descriptors = [function.descriptor] if function.descriptor >= 0 else []
             if own or len(body) + len(refs) > frames.INLINE_MAX_BYTES:
                 holder = (self, batch.number)
-                descriptor, body = store.current().write([body, *own], holder)
+                descriptor, body = self._store.write([body, *own], holder)
                 descriptors.append(descriptor)
                 flags |= frames.BODY_IN_SEGMENT
         except ObjectStoreFull as error:
@@ -264,15 +268,23 @@ class Group:
             return True
         if holder is not None:
             self._lent.add(batch.number)
+        spare = 0
+        if batch.timing.result_bytes and self.port.shares_memory:
+            found = self._store.spare(batch.timing.result_bytes * batch.stop, (self, batch.number))
+            if found is not None:
+                holder = (self, batch.number)
+                spare, descriptor = found
+                shared = [*shared, descriptor]
+                self._lent.add(batch.number)
         header = frames.TASKS.pack(flags, batch.mode, 0, function.number, batch.number, batch.stop,
-                                   len(function.inline), len(refs))
+                                   len(function.inline), len(refs), spare)
         try:
             sent = self.port.send([header, function.inline, refs, body], descriptors + shared)
         except (BrokenPipeError, OSError):
             sent = False  # terminated meanwhile: whoever did that reports the tasks
         if not sent and holder is not None:
             self._lent.discard(batch.number)
-            store.current().unsent(holder)
+            self._store.unsent(holder)
         if not sent:
             with self._lock:
                 if batch.number in self._dispatch.inflight:
@@ -354,7 +366,18 @@ class Group:
     # -- receiving
 
     def _loop(self) -> None:
-        """The I/O thread: until every worker has ended and nothing is left to report."""
+        """The I/O thread."""
+        try:
+            self._serve()
+        except Exception as error:
+            # A bug of dpool's, or a sink that raised: whoever waits must learn of it.
+            self._end(GroupBroken(f"the pool's I/O thread has failed: {type(error).__name__}: {error}"))
+            self.port.close_tasks()
+            self.port.close()
+            raise  # to threading.excepthook, which prints it
+
+    def _serve(self) -> None:
+        """Until every worker has ended and nothing is left to report."""
         port, dispatch = self.port, self._dispatch
         while True:
             with self._lock:
@@ -367,6 +390,9 @@ class Group:
                     deadline = recheck if deadline is None else min(deadline, recheck)
                 self._timer_armed = deadline is not None
             timeout = None if deadline is None else max(deadline - time.monotonic(), 0.001)
+            if timeout is None and self._store.warm:
+                timeout = store.TIDY_EVERY_S
+                self._store.tidy()
             for kind, what, descriptors in port.poll(timeout):
                 if kind == 0:
                     self._on_results(what, descriptors)
@@ -385,8 +411,9 @@ class Group:
                 break
         port.close()
         for number in self._lent:
-            store.current().lost((self, number))
+            self._store.lost((self, number))
         self._lent.clear()
+        self._store.detach()
 
     def _finished(self) -> bool:
         with self._lock:
@@ -405,14 +432,19 @@ class Group:
         body: Any = message[released_at + released_bytes:]
         failures: Any = message[frames.RESULTS.size:refs_at]
         buffers: Sequence[memoryview] = ()
-        if flags & frames.BODY_IN_SEGMENT:
-            failures, body, *buffers = store.current().adopt(descriptors.pop(0), body)
+        result_bytes = 0
+        if flags & (frames.BODY_IN_SEGMENT | frames.BODY_IN_SPARE):
+            parts = (self._store.arrived(body) if flags & frames.BODY_IN_SPARE
+                     else self._store.adopt(descriptors.pop(0), body))
+            result_bytes = sum(part.nbytes for part in parts)
+            failures, body, *buffers = parts
+            del parts
         accepted = Accepted(message[refs_at:released_at], descriptors) if ref_bytes else None
         if number in self._lent and flags & frames.DONE:
             self._lent.discard(number)
-            store.current().pass_on((self, number), (self, "slot", slot))
+            self._store.pass_on((self, number), (self, "slot", slot))
         if released_bytes:
-            store.current().released(message[released_at:released_at + released_bytes].cast("Q").tolist())
+            self._store.released(message[released_at:released_at + released_bytes].cast("Q").tolist())
         if flags & frames.BROKEN:
             failure = _rebuild(pickle.loads(failures)[0])
             cause = failure.exception
@@ -447,6 +479,8 @@ class Group:
                 failed[entry[0]] = _rebuild(entry)
         with self._lock:
             batch = self._dispatch.report(number, first, count)
+            if batch is not None and count:
+                batch.timing.result_bytes = result_bytes // count
             if flags & frames.DONE:
                 self._dispatch.done(number, run_ns, executed)
         if flags & frames.NEED_VALUE:
@@ -489,7 +523,7 @@ class Group:
                 for number in self._dispatch.inflight:
                     if number not in claimed:
                         self._suspects.setdefault(number, now + LOST_AFTER_S)
-        here = store.current()
+        here = self._store
         if death.batch in self._lent:
             self._lent.discard(death.batch)
             here.lost((self, death.batch))
@@ -524,7 +558,7 @@ class Group:
             elif kind == 4:  # the end of a batch was taken back
                 self._dispatch.stolen(what[0], what[1], time.monotonic())
         if kind in (2, 3):
-            store.current().lost((self, what if kind == 2 else what[0]))
+            self._store.lost((self, what if kind == 2 else what[0]))
         if kind == 6:
             self._end(GroupBroken(str(what)))
         for job, task in doomed:
@@ -584,7 +618,7 @@ class Group:
                         self._suspects[number] = now + LOST_AFTER_S
                     else:
                         self._dispatch.lost(number)
-                        store.current().lost((self, number))
+                        self._store.lost((self, number))
 
     def _still_waits(self, number: int, claimed: dict[int, int]) -> bool:
         """Whether a batch may still be in the socket: messages are taken in order, so not if a later one is taken."""

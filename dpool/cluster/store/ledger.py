@@ -93,13 +93,8 @@ class Ledger:
         """Room for `nbytes`. The segment counts as taken from here on. Raises ObjectStoreFull with the sizes if not
         even trimming and spilling makes room; the books are as before then."""
         size = size_class(nbytes)
-        best: Segment | None = None
-        for segment in self.segments.values():
-            if segment.state == WARM and size <= segment.size <= size * MAX_WASTE:
-                if best is None or segment.size < best.size:
-                    best = segment
+        best = self._take_warm(size)
         if best is not None:
-            self.warm -= best.size
             best.state, best.since = WRITING, now
             return Plan(best.number, True, best.size, [], [])
         excess = self.total + size - self.limit
@@ -171,6 +166,20 @@ class Ledger:
         assert segment.state == WRITING
         segment.state, segment.holder = LENT, holder
 
+    def spare(self, nbytes: int, holder: Hashable) -> int | None:
+        """A warm segment for `nbytes` that `holder` may write results into, if there is one."""
+        best = self._take_warm(size_class(nbytes))
+        if best is None:
+            return None
+        best.state, best.holder = LENT, holder
+        return best.number
+
+    def arrived(self, number: int) -> None:
+        """A spare came back with results in it, which this process looks at."""
+        segment = self.segments[number]
+        assert segment.state == LENT
+        segment.state, segment.holder = VIEWED, None
+
     def pass_on(self, holder: Hashable, new_holder: Hashable) -> None:
         """What `holder` had is with `new_holder` now: the batch has ended, its worker may still look."""
         for segment in self.segments.values():
@@ -231,6 +240,17 @@ class Ledger:
         entry.segment, entry.used, entry.shared, entry.views = number, now, False, 0
 
     # -- the pieces
+
+    def _take_warm(self, size: int) -> Segment | None:
+        """The smallest warm segment that serves for `size`; it is not warm any more."""
+        best: Segment | None = None
+        for segment in self.segments.values():
+            if segment.state == WARM and size <= segment.size <= size * MAX_WASTE:
+                if best is None or segment.size < best.size:
+                    best = segment
+        if best is not None:
+            self.warm -= best.size
+        return best
 
     def _add(self, segment: Segment) -> None:
         self.segments[segment.number] = segment

@@ -22,7 +22,7 @@ ALIGN = 64
 # The size is sealed, so no peer can make a reader fault beyond the end. The content is not: a segment is used again.
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PART = struct.Struct("<QQ")
-_HEAD = struct.Struct("<Q")
+HEAD = struct.Struct("<Q")
 
 
 class Segment:
@@ -101,7 +101,7 @@ def write(parts: Sequence[memoryview | bytes]) -> tuple[int, bytes]:
     to no store: it is not used again."""
     segment = Segment(max(needed(parts), 1))
     try:
-        return segment.descriptor, _HEAD.pack(0) + segment.write(parts)
+        return segment.descriptor, HEAD.pack(0) + segment.write(parts)
     except BaseException:
         segment.close()
         raise
@@ -110,7 +110,7 @@ def write(parts: Sequence[memoryview | bytes]) -> tuple[int, bytes]:
 def head(number: int) -> bytes:
     """What goes before a table: the number under which the segment's owner wants to hear that it is seen no more;
     0 for one that nobody asks about."""
-    return _HEAD.pack(number)
+    return HEAD.pack(number)
 
 
 def read(descriptor: int, table: bytes | memoryview, ended: Callable[[int], object] | None = None) -> list[memoryview]:
@@ -121,18 +121,18 @@ def read(descriptor: int, table: bytes | memoryview, ended: Callable[[int], obje
     """
     size = os.fstat(descriptor).st_size
     mapping = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
-    (number,) = _HEAD.unpack_from(table)
+    (number,) = HEAD.unpack_from(table)
     if ended is not None and number:
         weakref.finalize(mapping, ended, number).atexit = False
     view = memoryview(mapping)
-    return [view[offset:offset + length] for offset, length in _PART.iter_unpack(table[_HEAD.size:])]
+    return [view[offset:offset + length] for offset, length in _PART.iter_unpack(table[HEAD.size:])]
 
 
 def places(table: bytes | memoryview) -> list[tuple[int, int]]:
     """Where the parts of a table are: (offset, bytes) each. The rest of the segment is not theirs: it may hold what was
     written there before. Raises ValueError if it is no table."""
     try:
-        return list(_PART.iter_unpack(table[_HEAD.size:]))
+        return list(_PART.iter_unpack(table[HEAD.size:]))
     except struct.error as error:
         raise ValueError(f"a table of a segment is none: {error}") from None
 

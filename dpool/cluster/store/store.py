@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 DEFAULT_SHARE = 0.3
 # What of object_memory may be segments that are kept warm.
 WARM_SHARE = 0.5
+# Warm segments are looked through this often while there are any. Longer: they are given back later.
+TIDY_EVERY_S = 5.0
+# With less than this of the machine's memory available nothing is kept warm.
+SHORT_SHARE = 0.05
 
 
 class Spill:
@@ -115,8 +119,9 @@ class Store:
         # note in _notes, which whoever has the lock works off.
         self._lock = threading.Lock()
         self._notes: collections.deque[Callable[[], None]] = collections.deque()
-        self.ledger = Ledger(limit, int(limit * WARM_SHARE))
+        self.ledger = Ledger(limit, 0)  # nothing is kept warm before there is a group to use it
         self.spill_dir = spill_dir
+        self._groups = 0
         self._segments: dict[int, Segment] = {}
         self.objects: dict[bytes, Stored] = {}
 
@@ -124,9 +129,29 @@ class Store:
         """Change the limit, in bytes, or the directory. What is already held stays."""
         with self._lock:
             if limit is not None:
-                self.ledger.limit, self.ledger.warm_limit = limit, int(limit * WARM_SHARE)
+                self.ledger.limit = limit
+                self._set_warm_limit()
             if spill_dir is not None:
                 self.spill_dir = spill_dir
+
+    def attach(self) -> None:
+        """A worker group begins to use this store: segments are kept warm from now on."""
+        with self._lock:
+            self._groups += 1
+            self._set_warm_limit()
+
+    def detach(self) -> None:
+        """A worker group has ended; with the last one all warm segments go back to the kernel."""
+        with self._lock:
+            self._work_off()
+            self._groups -= 1
+            self._set_warm_limit()
+
+    def _set_warm_limit(self) -> None:
+        limit = int(self.ledger.limit * WARM_SHARE) if self._groups else 0
+        if self.ledger.warm > limit:
+            self._give_back(self.ledger.cool(float("inf")))
+        self.ledger.warm_limit = limit
 
     # -- segments that travel with a batch
 
@@ -183,6 +208,22 @@ class Store:
             self._segments[number] = Segment(size, descriptor)
             self._give_back(trim)
         return segments.read(descriptor, segments.head(number) + bytes(table[8:]), self._note_end)
+
+    def spare(self, nbytes: int, holder: Hashable) -> tuple[int, int] | None:
+        """A warm segment for `holder` to write results of `nbytes` into, if there is one: its number, and its
+        descriptor, which stays the store's."""
+        with self._lock:
+            self._work_off()
+            number = self.ledger.spare(nbytes, holder)
+            return None if number is None else (number, self._segments[number].descriptor)
+
+    def arrived(self, table: bytes | memoryview) -> list[memoryview]:
+        """Map a spare that came back with results in it. Once the last view has died it is used again."""
+        (number,) = segments.HEAD.unpack_from(table)
+        with self._lock:
+            self.ledger.arrived(number)
+            descriptor = self._segments[number].descriptor
+        return segments.read(descriptor, table, self._note_end)
 
     def _note_end(self, number: int) -> None:
         self._note(lambda: self._retire(number) if number in self._segments else None)
@@ -354,12 +395,16 @@ class Store:
         while self._notes:
             self._notes.popleft()()
 
-    def tidy(self, everything: bool = False) -> bool:
-        """Give warm segments back that nobody took for a while, or all of them; whether any are left."""
+    @property
+    def warm(self) -> int:
+        """Bytes of segments that are kept for the next use."""
+        return self.ledger.warm
+
+    def tidy(self) -> None:
+        """Give warm segments back that nobody took for a while; all of them when the machine is short of memory."""
         with self._lock:
             self._work_off()
-            self._give_back(self.ledger.cool(float("inf") if everything else time.monotonic()))
-            return self.ledger.warm > 0
+            self._give_back(self.ledger.cool(float("inf") if _memory_is_short() else time.monotonic()))
 
     def summary(self) -> dict[str, Any]:
         """What is held, in bytes: see dpool.memory_summary()."""
@@ -406,6 +451,16 @@ def memory_bytes() -> int:
         except (OSError, ValueError):
             continue
     return total
+
+
+def _memory_is_short() -> bool:
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        available, total = (int(fields[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+    except (OSError, KeyError, ValueError):
+        return False
+    return available < total * SHORT_SHARE
 
 
 def _reopen(stored: Stored) -> Segment:

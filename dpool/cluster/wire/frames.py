@@ -19,14 +19,15 @@ INLINE_MAX_BYTES = 32 * 1024
 # What both ends allocate to receive into: an inline body, an inline function, and the headers.
 RECEIVE_BYTES = 4 * INLINE_MAX_BYTES
 
-# TASKS: flags, mode, unused, function number, batch number, tasks, bytes of function, bytes of refs. Then the function,
-# the refs, and the body.
-TASKS = struct.Struct("<BBHIQIII")
+# TASKS: flags, mode, unused, function number, batch number, tasks, bytes of function, bytes of refs, number of the
+# spare segment or 0. Then the function, the refs, and the body.
+TASKS = struct.Struct("<BBHIQIIIQ")
 # RESULTS: flags, unused, slot, batch number, first task, tasks here, tasks run so far, run time in ns, bytes of
 # failures, bytes of refs, bytes of released segments' numbers. Then the failures, the refs, the released, and the body.
 RESULTS = struct.Struct("<BBHQIIIQIII")
 
-# Descriptors come in this order: the function's segment, the body's, those of the refs. The kernel takes 253 a message.
+# Descriptors come in this order: the function's segment, the body's, those of the refs, the spare. The kernel takes 253
+# a message.
 MAX_DESCRIPTORS = 240
 
 # Flags of both.
@@ -37,6 +38,7 @@ FUNCTION_IN_SEGMENT = 4  # the first descriptor is the function's segment
 KEEP_FUNCTION = 8  # more batches of this function will follow; else forget it after this one
 BY_NAME = 16  # the function's pickle names it and gives its digest
 # Flags of RESULTS.
+BODY_IN_SPARE = 4  # the body is the table of the segment that came as a spare
 DONE = 32  # the worker has left the batch; what it did not run, it never will
 NEED_VALUE = 64  # the worker has no such function by name; none of the tasks was begun
 BROKEN = 128  # the initializer failed; the worker ends. The body is its failure

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 REPORT_EVERY_NS = 2_000_000
 # Functions that are found by their name, kept between batches; they are the module's own objects anyway.
 MAX_FUNCTIONS = 256
+# Segments for results that are kept mapped. More: less mapping anew. Fewer: fewer descriptors.
+MAX_SPARES = 16
 
 
 def worker_main(setup: Setup) -> None:
@@ -77,7 +79,8 @@ class Worker:
         self.functions: dict[int, Callable[..., Any]] = {}
         # A function that travels by value may hold much: one is kept, while more of its tasks will come.
         self.latest: tuple[int, Callable[..., Any] | None] = (0, None)
-        self.spare: tuple[int, int] | None = None  # a segment of the driver's to write results into, for this batch
+        self.spare = 0  # the segment of the driver's that this batch's results may be written into
+        self.spares: dict[int, segments.Segment] = {}  # the latest of them, mapped: that takes as long as the writing
         self.released: deque[int] = deque()  # segments of the driver's that nobody here looks at any more
         self.buffer = bytearray(frames.RECEIVE_BYTES)
         try:
@@ -123,7 +126,7 @@ class Worker:
         refs = start + function_bytes
         body = refs + ref_bytes
         if spare:
-            self.spare = spare, descriptors.pop()
+            self._take_spare(spare, descriptors.pop())
         own = bool(flags & frames.FUNCTION_IN_SEGMENT) + bool(flags & frames.BODY_IN_SEGMENT)
         # What is prepared is handed over by its list, so that nothing here keeps it alive while it runs.
         prepared: list[Any] = []
@@ -243,7 +246,7 @@ class Worker:
         descriptor = -1
         body = packed.body
         if packed.buffers or len(body) + len(failures) + len(refs) > frames.INLINE_MAX_BYTES:
-            parts = [failures, body, *packed.buffers]
+            parts: list[bytes | memoryview] = [failures, body, *packed.buffers]
             try:
                 table = self._write_spare(parts)
                 if table is not None:
@@ -261,11 +264,9 @@ class Worker:
             failures = b""
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", shared))] if shared else []
         released = b""
-        if self.spare is not None and flags & frames.DONE:
-            number_unused, unused = self.spare
-            os.close(unused)
-            self.spare = None
-            self.released.append(number_unused)
+        if self.spare and flags & frames.DONE:
+            self.released.append(self.spare)  # not needed
+            self.spare = 0
         if self.released:
             numbers = array("Q")
             while self.released:
@@ -281,20 +282,24 @@ class Worker:
             if descriptor >= 0:
                 os.close(descriptor)
 
+    def _take_spare(self, number: int, descriptor: int) -> None:
+        self.spare = number
+        segment = self.spares.pop(number, None)
+        if segment is not None:
+            os.close(descriptor)
+        else:
+            segment = segments.Segment(os.fstat(descriptor).st_size, descriptor)
+        self.spares[number] = segment
+        if len(self.spares) > MAX_SPARES:
+            self.spares.pop(next(iter(self.spares))).close()
+
     def _write_spare(self, parts: Sequence[memoryview | bytes]) -> bytes | None:
         """Write results into the segment that came for them: its table, None if there is none that is large enough."""
-        if self.spare is None:
+        number = self.spare
+        if not number or segments.needed(parts) > self.spares[number].size:
             return None
-        number, descriptor = self.spare
-        size = os.fstat(descriptor).st_size
-        if segments.needed(parts) > size:
-            return None
-        self.spare = None
-        segment = segments.Segment(size, descriptor)
-        try:
-            return segments.head(number) + segment.write(parts, warm=True)
-        finally:
-            segment.close()
+        self.spare = 0
+        return segments.head(number) + self.spares[number].write(parts, warm=True)
 
     def _send_less(self, flags: int, number: int, first: int, values: list[Any], failures: bytes, executed: int,
                    run_ns: int) -> None:
