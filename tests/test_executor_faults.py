@@ -5,12 +5,14 @@ It asserts no times: only a hang reaches a deadline. The contract without faults
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
@@ -277,6 +279,37 @@ def test_what_cannot_be_rebuilt_is_a_broken_pool_for_its_call_alone(context: Any
             assert type(error) is BrokenProcessPool and "could not be rebuilt" in str(error)
             assert isinstance(error.__cause__, (pickle.UnpicklingError, SystemExit))
             assert executor.submit(tasks.double, 1).result(PATIENCE_S) == 2
+
+
+@pytest.mark.parametrize("function, argument", [
+    (tasks.capture, tasks.BrokenWhenPickled()), (tasks.capture, tasks.ExitsWhenPickled()),
+    (tasks.capture, threading.Lock()), (tasks.make, tasks.BrokenWhenRebuilt), (tasks.make, tasks.ExitsWhenRebuilt),
+], ids=["argument raises", "argument exits", "argument is a lock", "result raises", "result exits"])
+@pytest.mark.parametrize("way", ["submit", "map", "map ahead"])
+def test_what_cannot_be_pickled_or_rebuilt_keeps_nothing_alive(function: Any, argument: Any, way: str) -> None:
+    gc.collect()
+    gc.disable()  # a cycle would end with the next collection only
+    try:
+        executor = executor_of(1)
+        if way == "submit":
+            error = executor.submit(function, argument).exception(PATIENCE_S)
+        else:
+            results = executor.map(function, [argument], buffersize=None if way == "map" else 1)
+            with pytest.raises(BaseException) as caught:
+                next(results)
+            error = caught.value.with_traceback(None)  # it leads to this frame
+            del results, caught
+        assert error is not None
+        lost = error if error.__cause__ is None or type(error.__cause__) is _RemoteTraceback else error.__cause__
+        assert lost.__traceback__ is None and type(lost.__cause__) is _RemoteTraceback
+        assert "Traceback (most recent call last)" in str(lost.__cause__)
+        group = executor._group
+        executor.shutdown()
+        ended = [weakref.ref(thing) for thing in (executor, group, group._thread)]
+        del executor, group, error, lost
+        assert [thing() for thing in ended] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_an_exception_that_cannot_be_rebuilt_arrives_as_its_text() -> None:

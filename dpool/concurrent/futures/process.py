@@ -462,6 +462,8 @@ class _MapResults:
         """The iterator is done: nobody takes results any more."""
         self.closed = True
         self.cancel()
+        self.job = None
+        self.jobs.clear()
         self.items.clear()
         self.unsorted.clear()
 
@@ -662,16 +664,32 @@ def to_exception(failure: Failure) -> BaseException:
     if kind == ABANDONED:
         return _broken_pool(error)
     if kind == ARGUMENT_LOST:
-        return error
+        return _without_frames(error)
     if failure.traceback:
         error.__cause__ = _RemoteTraceback(f'\n"""\n{failure.traceback}"""')
     if kind in (ARGUMENT_BROKEN, RESULT_BROKEN):
         what = "the function or an argument of this call could not be rebuilt in the worker"
         if kind == RESULT_BROKEN:
             what = "the result of this call could not be rebuilt here"
+            error = _without_frames(error)
         broken = BrokenProcessPool(f"{what}: {type(error).__name__}: {error}")
         broken.__cause__ = error
         return broken
+    return error
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The error with its traceback as text, as its cause: the standard library's form for what fails to be pickled.
+
+    The frames themselves lead to the future that will hold this error, and to the group's thread: they would keep
+    arguments, executor and thread until the garbage collector comes by.
+    """
+    if error.__traceback__ is not None:
+        import traceback
+
+        trace = "".join(traceback.format_exception(error))
+        error.__cause__ = _RemoteTraceback(f'\n"""\n{trace}"""')
+        error.__context__ = error.__traceback__ = None
     return error
 
 
