@@ -82,6 +82,11 @@ def tell_and_wait(fifo: str, answer: str) -> str:
         return file.readline()
 
 
+def tell_and_wait_for_ever(fifo: str) -> None:
+    tell(fifo)
+    threading.Event().wait()
+
+
 def tell(fifo: str) -> None:
     with open(fifo, "w") as file:
         file.write(f"{os.getpid()}\n")

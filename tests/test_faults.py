@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -87,10 +89,36 @@ def make_fifo(path: Path) -> str:
     return str(path)
 
 
+def read_line(descriptor: int) -> str:
+    """The next line of a pipe, or what comes before its end; no byte more. Only a hang takes PATIENCE_S."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    deadline = time.monotonic() + PATIENCE_S
+    line = b""
+    while not line.endswith(b"\n"):
+        assert poll.poll(max(deadline - time.monotonic(), 0) * 1000), f"nothing comes after {line!r}"
+        byte = os.read(descriptor, 1)
+        if not byte:
+            break
+        line += byte
+    return line.decode()
+
+
+@contextmanager
+def opened(fifo: str, text: str = "") -> Iterator[int]:
+    """A FIFO with both ends open, so that neither side waits for the other to open it, and with `text` in it."""
+    descriptor = os.open(fifo, os.O_RDWR)
+    try:
+        os.write(descriptor, text.encode())
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def read_pids(fifo: str) -> list[int]:
-    """Wait until a worker has written to the FIFO."""
-    with open(fifo) as file:
-        return [int(word) for word in file.readline().split()]
+    """Wait until a worker has written a line to the FIFO."""
+    with opened(fifo) as descriptor:
+        return [int(word) for word in read_line(descriptor).split()]
 
 
 # -- the worker ends
@@ -328,6 +356,7 @@ def test_an_initializer_that_kills_breaks_the_pool_after_a_bounded_number_of_wor
 
 DRIVER = """
 import sys
+import threading
 sys.path[:0] = [{here!r}]
 import deeds
 from multiprocessing import get_context
@@ -339,14 +368,49 @@ if __name__ == "__main__":
 """
 
 
-def start_driver(method: str, body: str, tmp_path: Path) -> tuple[subprocess.Popen[str], str]:
-    """A program with a pool in a process, and a session, of its own; its mark."""
-    script = tmp_path / "driver.py"
-    script.write_text(DRIVER.format(here=str(HERE), method=method, body=body))
-    mark = new_mark()
-    driver = subprocess.Popen([sys.executable, str(script)], env={**os.environ, MARK: mark}, start_new_session=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return driver, mark
+class Driver:
+    """A program with a pool in a process, and a session, of its own. At the end of its block nothing of it is left, or
+    the test fails; if it takes longer than PATIENCE_S everything of it is killed, so that no read waits for ever."""
+
+    def __init__(self, method: str, body: str, tmp_path: Path) -> None:
+        script = tmp_path / "driver.py"
+        script.write_text(DRIVER.format(here=str(HERE), method=method, body=body))
+        self.mark = new_mark()
+        self._process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, MARK: self.mark},
+                                         start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE)
+        assert self._process.stdout is not None
+        self.pid = self._process.pid
+        self.stdout = self._process.stdout.fileno()
+        self._late = threading.Timer(PATIENCE_S, self._kill_all)
+        self._late.daemon = True
+        self._late.start()
+
+    def _kill_all(self) -> None:
+        for pid in marked(self.mark):
+            os.kill(pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def rest(self) -> tuple[str, str, int]:
+        """Wait for the end; what it printed that was not read yet, its stderr, its exit code."""
+        out, err = self._process.communicate()
+        return out.decode(), err.decode(), self._process.returncode
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                assert Watched(marked(self.mark)).left_after(GONE_S) == []
+                assert marked(self.mark) == set()
+        finally:
+            self._kill_all()
+            self._process.communicate()
+            self._late.cancel()
+            self._late.join()
 
 
 @pytest.mark.parametrize("deed", ["tell_and_hold_gil", "tell_and_start_children", "tell_and_wait"])
@@ -355,16 +419,18 @@ def test_nothing_is_left_when_the_driver_is_killed(method: str, deed: str, tmp_p
     fifo = make_fifo(tmp_path / "fifo")
     answer = make_fifo(tmp_path / "answer")
     args = (fifo, answer) if deed == "tell_and_wait" else (fifo,)
-    driver, mark = start_driver(method, f"pool.apply_async(deeds.{deed}, {args!r}); "
-                                        "pool.map(deeds.double, iter(int, 1))", tmp_path)
-    read_pids(fifo)
-    all_of_it = marked(mark)
-    assert len(all_of_it) >= 3
-    gone = Watched(all_of_it)
-    driver.kill()
-    assert gone.left_after(GONE_S) == []
-    assert marked(mark) == set()
-    driver.communicate()
+    body = f"""
+    pool.apply_async(deeds.{deed}, {args!r})
+    pool.map(deeds.double, range(10 ** 6), chunksize=1)
+    threading.Event().wait()
+    """
+    with Driver(method, body, tmp_path) as driver:
+        read_pids(fifo)
+        all_of_it = marked(driver.mark)
+        assert len(all_of_it) >= 3
+        gone = Watched(all_of_it)
+        driver.kill()
+        assert gone.left_after(GONE_S) == []
 
 
 def test_a_killed_worker_takes_its_children_along(method: str, tmp_path: Path) -> None:
@@ -386,25 +452,22 @@ def test_a_driver_that_exits_with_tasks_pending_keeps_its_code_and_says_nothing(
     """Row 18."""
     fifo = make_fifo(tmp_path / "fifo")
     answer = make_fifo(tmp_path / "answer")
-    driver, mark = start_driver(method, f"r = pool.map_async(deeds.double, range(10 ** 5), chunksize=1); "
-                                        f"pool.apply_async(deeds.tell_and_wait, {(fifo, answer)!r}); {ending}",
-                                tmp_path)
-    # It need not have been begun: hold the FIFO open, so that a worker that begins it is not held up by the test.
-    holder = os.open(fifo, os.O_RDWR)
-    out, err = driver.communicate(timeout=PATIENCE_S)
-    os.close(holder)
-    assert (out, err, driver.returncode) == ("", "", code)
-    assert marked(mark) == set()
+    body = f"""
+    r = pool.map_async(deeds.double, range(10 ** 5), chunksize=1)
+    pool.apply_async(deeds.tell_and_wait, {(fifo, answer)!r})
+    {ending}
+    """
+    with Driver(method, body, tmp_path) as driver:
+        assert driver.rest() == ("", "", code)
 
 
 def test_ctrl_c_reaches_the_driver_alone_and_the_pool_goes_on(method: str, tmp_path: Path) -> None:
     """Row 19."""
     fifo = make_fifo(tmp_path / "fifo")
     body = f"""
-    import os
-    read, write = os.pipe()
     result = pool.apply_async(deeds.tell_and_wait, ({fifo!r}, {str(tmp_path / "answer")!r}))
     try:
+        print("waiting", flush=True)
         result.get()
     except KeyboardInterrupt:
         print("interrupted", flush=True)
@@ -413,38 +476,29 @@ def test_ctrl_c_reaches_the_driver_alone_and_the_pool_goes_on(method: str, tmp_p
     pool.join()
     """
     answer = make_fifo(tmp_path / "answer")
-    driver, mark = start_driver(method, body, tmp_path)
-    read_pids(fifo)
-    os.killpg(driver.pid, signal.SIGINT)
-    assert driver.stdout is not None
-    assert driver.stdout.readline() == "interrupted\n"
-    with open(answer, "w") as file:
-        file.write("answered")
-    out, err = driver.communicate(timeout=PATIENCE_S)
-    assert (out, err, driver.returncode) == ("answered [2, 4]\n", "", 0)
-    assert marked(mark) == set()
+    with Driver(method, body, tmp_path) as driver:
+        read_pids(fifo)
+        assert read_line(driver.stdout) == "waiting\n"
+        os.killpg(driver.pid, signal.SIGINT)
+        assert read_line(driver.stdout) == "interrupted\n"
+        with opened(answer, "answered\n"):
+            assert driver.rest() == ("answered\n [2, 4]\n", "", 0)
 
 
-@pytest.mark.parametrize("wait", ["pool.map(deeds.double, iter(int, 1))", "pool.apply(threading.Event().wait)",
-                                  "list(pool.imap(deeds.identity, iter(int, 1)))"])
+@pytest.mark.parametrize("wait", ["pool.map(deeds.tell_and_wait_for_ever, [{fifo!r}] * 100)",
+                                  "pool.apply(deeds.tell_and_wait_for_ever, ({fifo!r},))",
+                                  "list(pool.imap(deeds.tell_and_wait_for_ever, ({fifo!r} for _ in iter(int, 1))))"])
 def test_ctrl_c_ends_a_driver_that_does_not_catch_it_and_only_the_driver_prints(
         wait: str, method: str, tmp_path: Path) -> None:
     """Row 19."""
-    if "apply" in wait:
-        wait = f"pool.apply(deeds.tell_and_wait, ({str(tmp_path / 'fifo')!r}, {str(tmp_path / 'answer')!r}))"
-        fifo = make_fifo(tmp_path / "fifo")
-        make_fifo(tmp_path / "answer")
-    driver, mark = start_driver(method, f'print("ready", flush=True); {wait}', tmp_path)
-    assert driver.stdout is not None
-    assert driver.stdout.readline() == "ready\n"
-    if "apply" in wait:
+    fifo = make_fifo(tmp_path / "fifo")
+    with Driver(method, wait.format(fifo=fifo), tmp_path) as driver:
         read_pids(fifo)
-    os.killpg(driver.pid, signal.SIGINT)
-    out, err = driver.communicate(timeout=PATIENCE_S)
-    assert out == ""
-    assert err.count("Traceback") == 1 and err.rstrip().endswith("KeyboardInterrupt")
-    assert driver.returncode == -signal.SIGINT
-    assert marked(mark) == set()
+        os.killpg(driver.pid, signal.SIGINT)
+        out, err, code = driver.rest()
+        assert out == ""
+        assert err.count("Traceback") == 1 and err.rstrip().endswith("KeyboardInterrupt")
+        assert code == -signal.SIGINT
 
 
 # -- memory
@@ -627,14 +681,17 @@ def test_a_forked_child_is_told_that_the_pool_is_not_its_own_and_can_make_one(me
             os.write(write, ";".join(told).encode())
             os._exit(0)
         os.close(write)
-        with open(read) as file:
-            assert file.read() == "foreign;foreign;foreign;foreign;[0, 2, 4]"
+        child = Watched([pid])
+        assert read_line(read) == "foreign;foreign;foreign;foreign;[0, 2, 4]"
+        os.close(read)
+        assert child.left_after(PATIENCE_S) == []
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert pool.map_async(deeds.double, range(100), chunksize=1).get(PATIENCE_S) == list(range(0, 200, 2))
 
 
 FORKING_DRIVER = """
-    import os
+    import os, warnings
+    warnings.simplefilter("ignore")  # Python's own word about a fork beside threads
     pid = os.fork()
     if not pid:
         sys.exit(3)
@@ -647,10 +704,8 @@ FORKING_DRIVER = """
 
 def test_the_exit_of_a_forked_child_leaves_the_parent_s_pool_alone(method: str, tmp_path: Path) -> None:
     """Row 42, with the child's whole exit, finalizers and all."""
-    driver, mark = start_driver(method, FORKING_DRIVER, tmp_path)
-    out, err = driver.communicate(timeout=PATIENCE_S)
-    assert (out, err, driver.returncode) == ("3 [0, 2, 4]\n", "", 0)
-    assert marked(mark) == set()
+    with Driver(method, FORKING_DRIVER, tmp_path) as driver:
+        assert driver.rest() == ("3 [0, 2, 4]\n", "", 0)
 
 
 def test_a_child_forked_by_the_driver_keeps_no_worker_alive(method: str, tmp_path: Path) -> None:
@@ -659,23 +714,23 @@ def test_a_child_forked_by_the_driver_keeps_no_worker_alive(method: str, tmp_pat
     answer = make_fifo(tmp_path / "answer")
     body = f"""
     import os
+    print(*[process.pid for process in pool._pool], flush=True)
     if not os.fork():
         deeds.tell_and_wait({fifo!r}, {answer!r})
         os._exit(0)
     pool.apply(deeds.tell_and_hold_gil, ({fifo!r},))
     """
-    driver, mark = start_driver(method, body, tmp_path)
-    with open(fifo) as file:
-        first, second = (int(line) for line in (file.readline(), file.readline() or open(fifo).readline()))
-    others = Watched(pid for pid in marked(mark) if pid not in (first, second) or pid == driver.pid)
-    child = Watched([first, second])
-    driver.kill()
-    assert [line for line in others.left_after(GONE_S) if "driver.py" not in line] == []
-    with open(answer, "w") as file:
-        file.write("go on")
-    assert child.left_after(GONE_S) == []
-    driver.communicate()
-    assert marked(mark) == set()
+    with Driver(method, body, tmp_path) as driver:
+        workers = {int(word) for word in read_line(driver.stdout).split()}
+        with opened(fifo) as pids:
+            tellers = {int(read_line(pids)), int(read_line(pids))}
+        assert len(tellers & workers) == 1
+        # What multiprocessing started for itself lives as long as the child, as it does without dpool.
+        others, child = Watched([driver.pid, *workers]), Watched(tellers - workers)
+        driver.kill()
+        assert others.left_after(GONE_S) == []
+        with opened(answer, "go on\n"):
+            assert child.left_after(GONE_S) == []
 
 
 def test_pools_in_pools_in_pools_work(method: str) -> None:
@@ -710,16 +765,17 @@ def test_a_task_that_changes_what_its_process_shares_harms_nobody(method: str, t
 
 def test_a_task_may_print_more_than_any_pipe_holds(method: str, tmp_path: Path) -> None:
     """Row 45: 64 MiB, while the driver waits for the result and something else reads its output."""
-    driver, mark = start_driver(method, "assert pool.apply(deeds.print_much, (64 << 10,)) == 64 << 10; pool.close(); "
-                                        "pool.join()", tmp_path)
-    assert driver.stdout is not None and driver.stderr is not None
-    size = 0
-    while data := driver.stdout.buffer.read(1 << 20):  # type: ignore[attr-defined]
-        size += len(data)
-    assert (size, driver.stderr.read(), driver.wait(PATIENCE_S)) == (64 << 20, "", 0)
-    driver.stdout.close()
-    driver.stderr.close()
-    assert marked(mark) == set()
+    body = """
+    assert pool.apply(deeds.print_much, (64 << 10,)) == 64 << 10
+    pool.close()
+    pool.join()
+    """
+    with Driver(method, body, tmp_path) as driver:
+        size = 0
+        while data := os.read(driver.stdout, 1 << 20):
+            size += len(data)
+        assert size == 64 << 20
+        assert driver.rest() == ("", "", 0)
 
 
 # -- races at the end
@@ -789,8 +845,7 @@ def test_terminate_with_a_full_socket_and_a_queue_returns(method: str, tmp_path:
     try:
         stuck = [pool.apply_async(deeds.tell_and_hold_gil, (fifo,)) for _ in range(2)]
         queued = pool.map_async(deeds.identity, [bytes(20_000)] * 10_000, chunksize=1)
-        with open(fifo) as file:
-            file.readline()
+        read_pids(fifo)
     finally:
         ended = threading.Thread(target=pool.terminate, daemon=True)
         ended.start()

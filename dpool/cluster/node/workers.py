@@ -11,9 +11,11 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import weakref
+from multiprocessing import process as mp_process
 from multiprocessing import util
 
 from dpool.cluster.node.supervisor import Supervisor
@@ -338,6 +340,9 @@ class Workers:
             os.close(self._lifeline)
             self.tasks.close()
             self.results.close()
+            # At its exit multiprocessing would end them and join them, as if they were this process's own.
+            for process in self.processes:
+                mp_process._children.discard(process)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Give every descriptor back. Call when all workers have ended; may be called again."""
@@ -365,6 +370,14 @@ def _let_go() -> None:
     for workers in list(_all):
         workers.after_fork()
     _all.clear()
+    # The parent's fork server cannot start processes for its child, which would be told that it has no such child; and
+    # it must not outlive the parent because the child holds its lifeline.
+    forkserver = sys.modules.get("multiprocessing.forkserver")
+    server = getattr(forkserver, "_forkserver", None)
+    if server is not None and server._forkserver_pid is not None:
+        os.close(server._forkserver_alive_fd)
+        server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
+        server._lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_let_go)
