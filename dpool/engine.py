@@ -119,8 +119,8 @@ class WorkerGroup(Protocol):
         """Queue one task for each `chunk` consecutive items, in one step."""
         ...
 
-    def open_stream(self, function: Callable[..., Any], mode: int, sink: Sink) -> Any:
-        """A job that grows: see Stream."""
+    def open_stream(self, function: Callable[..., Any], mode: int, sink: Sink, as_pushed: bool = False) -> Any:
+        """A job that grows: see Stream. With `as_pushed` a task gets each item as it was when it was pushed."""
         ...
 
     def cancel(self, job: Any) -> int:

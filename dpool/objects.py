@@ -5,12 +5,9 @@ Holds nothing itself. Values stay in the process that put them and in those that
 
 from __future__ import annotations
 
-import pickle
-
 from dpool.cluster.store import refs as _refs
 from dpool.cluster.store import store as _store
 from dpool.cluster.store.refs import ObjectRef
-from dpool.cluster.wire import pickling
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,10 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ObjectRef", "configure", "get", "memory_summary", "put", "wait"]
 
-# Objects up to this size travel inside the messages that name them. Larger: fewer descriptors. Smaller: less copying.
-SMALL_BYTES = 16 * 1024
-_PLAIN = frozenset((int, float, complex, bool, type(None)))
-
 
 def put(value: Any) -> ObjectRef:
     """Store `value` once, for any number of tasks. Returns its ref; the value lives while a ref to it does.
@@ -30,21 +23,9 @@ def put(value: Any) -> ObjectRef:
     Blocks for one copy of the value's buffers. Raises what pickling raises, and ObjectStoreFull if the store's limit
     leaves no room and nothing can be spilled to disk.
     """
-    if type(value) in _PLAIN:  # what needs no care, and is put by the thousand
-        data = pickle.dumps(value, pickling.PROTOCOL)
-        return ObjectRef(_refs.new_key(), len(data), None, data)
     if isinstance(value, ObjectRef):
         raise TypeError("put() of an ObjectRef: it is stored already; put a list of refs to store several as one")
-    buffers: list[memoryview] = []
-    with _refs.Sending() as inside:
-        data = pickling.dumps(value, buffers, by_value=True)
-    inner = list(inside.refs.values()) if inside.refs else ()
-    key = _refs.new_key()
-    if not buffers and len(data) <= SMALL_BYTES:
-        return ObjectRef(key, len(data), None, data, inner)
-    here = _store.current()
-    stored = here.put(key, [data, *buffers], inner)
-    return ObjectRef(key, stored.nbytes, here.hold(key), None)
+    return _refs.store_value(value)
 
 
 def get(refs: ObjectRef | Sequence[ObjectRef], timeout: float | None = None) -> Any:

@@ -50,6 +50,9 @@ __all__ = ["Pool", "ThreadPool"]
 TERMINATE_TIMEOUT_S = 5.0
 # Items of an imap that are read ahead of the workers. More: an uneven input stalls them less. Fewer: less memory.
 LOOK_AHEAD = 4096
+# Bytes of large items that are read ahead, and so many items in any case.
+LOOK_AHEAD_BYTES = 64 << 20
+LOOK_AHEAD_LEAST = 16
 
 _job_numbers = itertools.count()
 
@@ -163,7 +166,7 @@ class Pool(_stdlib.Pool):
                 self._group.submit_many(func, items, mode, result, chunksize)  # type: ignore[arg-type]
             result._set_length(-(-len(items) // chunksize))  # type: ignore[arg-type]
         else:
-            stream = self._group.open_stream(func, mode, result)
+            stream = self._group.open_stream(func, mode, result, as_pushed=True)
             threading.Thread(target=_feed, args=(stream, iterable, chunksize, result), name="dpool-imap",
                              daemon=True).start()
         if chunksize == 1:
@@ -471,7 +474,6 @@ def _feed(stream: Any, iterable: Iterable[Any], chunksize: int, result: IMapIter
     """Read an imap's input in a thread of its own: it may block, raise, or wait for the imap's own results."""
     count = 0
     error: BaseException | None = None
-    cond = result._cond
     try:
         source = iter(iterable)
         while not result._ended:
@@ -484,18 +486,33 @@ def _feed(stream: Any, iterable: Iterable[Any], chunksize: int, result: IMapIter
                 item = tuple(itertools.islice(source, chunksize))
                 if not item:
                     break
-            stream.push(item)
+            # As with the standard library, whose thread has sent an item before it asks for the next one, the input
+            # may yield the same buffer again and again.
+            while True:
+                try:
+                    nbytes = stream.push(item)
+                    break
+                except MemoryError:
+                    if not stream.backlog:
+                        raise
+                    _wait_for_results(stream, result, stream.backlog - 1)
             item = None
             count += 1
-            if stream.backlog > LOOK_AHEAD:
-                with cond:
-                    while stream.backlog > LOOK_AHEAD // 2 and not result._ended:
-                        cond.wait()
+            ahead = min(LOOK_AHEAD, max(LOOK_AHEAD_BYTES // (nbytes + 1), LOOK_AHEAD_LEAST))
+            if stream.backlog > ahead:
+                _wait_for_results(stream, result, ahead // 2)
     except Exception as raised:
         error = raised
     if not result._ended:
         result._set_length(count, error)
     stream.seal()
+
+
+def _wait_for_results(stream: Any, result: IMapIterator, backlog: int) -> None:
+    """Until no more than `backlog` tasks are without an outcome, or the whole has ended."""
+    with result._cond:
+        while stream.backlog > backlog and not result._ended:
+            result._cond.wait()
 
 
 def _terminate_group(group: Any, pid: int) -> None:

@@ -36,7 +36,7 @@ class Job:
     """The tasks of one call of a door: one function, one mode, one sink. Task i is items[i*chunk : (i+1)*chunk]."""
 
     __slots__ = ("function", "timing", "mode", "items", "chunk", "sink", "asks_start", "next", "returned", "queued",
-                 "open", "unsettled", "attempts", "stopped", "shared", "__weakref__")
+                 "open", "grows", "unsettled", "attempts", "stopped", "shared", "__weakref__")
 
     def __init__(self, function: Any, timing: Timing, mode: int, items: Sequence[Any], sink: Sink, chunk: int = 1,
                  asks_start: bool = False, open: bool = False) -> None:
@@ -51,6 +51,7 @@ class Job:
         self.returned: deque[tuple[int, int]] | None = None  # ranges that were sent and came back unstarted
         self.queued = False  # stands in Dispatch's queue
         self.open = open  # more items may come
+        self.grows = open  # its items are a list of its own: those of settled tasks are let go of
         self.unsettled = -(-len(items) // chunk)  # tasks without an outcome
         self.attempts: dict[int, int] | None = None  # deaths of workers by task
         self.stopped = False  # its running tasks are to be ended; what comes back unbegun is dropped
@@ -256,6 +257,9 @@ class Dispatch:
         batch.reported += count
         if batch.jobs is None:
             self._settle(batch.job, count)
+            if batch.job.grows:
+                start = batch.first + first
+                batch.job.items[start:start + count] = [None] * count
         else:
             for job in batch.jobs[first:first + count]:
                 job.unsettled = 0

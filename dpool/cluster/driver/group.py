@@ -17,7 +17,7 @@ from dpool import engine
 from dpool.cluster.driver.dispatch import NODE_LOSSES, Batch, Dispatch, Job
 from dpool.cluster.driver.functions import table
 from dpool.cluster.store import store
-from dpool.cluster.store.refs import Accepted, Sending, store_buffer
+from dpool.cluster.store.refs import Accepted, ObjectRef, Sending, snapshot, store_buffer
 from dpool.cluster.wire import frames, pickling
 from dpool.engine import Failure
 from dpool.errors import (
@@ -124,13 +124,14 @@ class Group:
         self._add(job)
         return job
 
-    def open_stream(self, function: Callable[..., Any], mode: int, sink: Sink) -> Stream:
-        """A job whose items come one after the other; it keeps the group open until it is sealed."""
+    def open_stream(self, function: Callable[..., Any], mode: int, sink: Sink, as_pushed: bool = False) -> Stream:
+        """A job whose items come one after the other; it keeps the group open until it is sealed. With `as_pushed` a
+        task gets an item as it was when it was pushed, though it may be changed before it is sent."""
         known = table.get(function)
         timing = known.timing if mode in (engine.MAP, engine.STAR) else type(known.timing)()
         job = Job(known, timing, mode, [], sink, open=True)
         self._add(job)
-        return Stream(self, job)
+        return Stream(self, job, as_pushed)
 
     def cancel(self, job: Job) -> int:
         """Drop the tasks of `job` that were not sent yet; returns how many that was. Their sink is not told."""
@@ -659,18 +660,30 @@ class Group:
 class Stream:
     """A job that grows: push() items as they come, then seal() it. Used by one thread."""
 
-    def __init__(self, group: Group, job: Job) -> None:
+    def __init__(self, group: Group, job: Job, as_pushed: bool) -> None:
         self._group = group
         self._job = job
+        self._as_pushed = as_pushed
 
     @property
     def job(self) -> Job:
         """The token for the group's cancel()."""
         return self._job
 
-    def push(self, item: Any) -> None:
-        """Append one task."""
+    def push(self, item: Any) -> int:
+        """Append one task; how many bytes of the store its item takes until the task has an outcome. Raises
+        ObjectStoreFull if they are not there."""
+        if self._as_pushed:
+            if self._job.mode in (engine.MAP_CHUNK, engine.STAR_CHUNK):
+                item = tuple(map(snapshot, item))
+                taken = sum(part.nbytes for part in item if type(part) is ObjectRef)
+            else:
+                item = snapshot(item)
+                taken = item.nbytes if type(item) is ObjectRef else 0
+        else:
+            taken = 0
         self.extend((item,))
+        return taken
 
     def extend(self, items: Sequence[Any]) -> None:
         """Append one task for each item, in one step."""
@@ -690,7 +703,7 @@ class Stream:
 
     @property
     def backlog(self) -> int:
-        """Tasks that were pushed and not yet sent."""
+        """Tasks that were pushed and have no outcome yet."""
         return self._job.unsettled
 
 

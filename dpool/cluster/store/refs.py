@@ -12,7 +12,8 @@ import pickle
 import threading
 
 from dpool.cluster.store import segments, store
-from dpool.cluster.wire import frames
+from dpool.cluster.wire import frames, pickling
+from dpool.errors import ObjectStoreFull
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dpool.cluster.store.store import Stored
+
+# Objects up to this size travel inside the messages that name them. Larger: fewer descriptors. Smaller: less copying.
+SMALL_BYTES = 16 * 1024
+_PLAIN = frozenset((int, float, complex, bool, type(None)))
 
 _numbers = itertools.count(1)
 _prefix = os.urandom(8)
@@ -109,6 +114,9 @@ def _rebuild_small(key: bytes, data: bytes, inner: Sequence[ObjectRef]) -> Objec
 def _rebuild(key: bytes) -> ObjectRef:
     stored = store.current().hold(key)
     return ObjectRef(key, stored.nbytes, stored, None)
+
+
+_CONSTANT = _PLAIN | {str, bytes, range, ObjectRef}
 
 
 class Descriptors:
@@ -216,6 +224,37 @@ class Accepted:
         return opened
 
 
+def store_value(value: Any) -> ObjectRef:
+    """Store `value` as it is now. Raises what pickling it raises, and ObjectStoreFull."""
+    if type(value) in _PLAIN:  # what needs no care, and is put by the thousand
+        data = pickle.dumps(value, pickling.PROTOCOL)
+        return ObjectRef(new_key(), len(data), None, data)
+    buffers: list[memoryview] = []
+    with Sending() as inside:
+        data = pickling.dumps(value, buffers, by_value=True)
+    inner = list(inside.refs.values()) if inside.refs else ()
+    key = new_key()
+    if not buffers and len(data) <= SMALL_BYTES:
+        return ObjectRef(key, len(data), None, data, inner)
+    here = store.current()
+    stored = here.put(key, [data, *buffers], inner)
+    return ObjectRef(key, stored.nbytes, here.hold(key), None)
+
+
+def snapshot(item: Any) -> Any:
+    """What stands for `item` as it is now, whatever becomes of it later, and arrives at a task as its value: itself if
+    it cannot change, else a ref. What cannot be pickled stays itself: the sending of it says why."""
+    kind = type(item)
+    if kind in _CONSTANT or (kind is tuple and all(type(part) in _CONSTANT for part in item)):
+        return item
+    try:
+        return store_value(item)
+    except ObjectStoreFull:
+        raise
+    except Exception:
+        return item
+
+
 def store_buffer(view: memoryview) -> ObjectRef:
     """A buffer as an object of its own, for messages that will have it in common."""
     here = store.current()
@@ -229,4 +268,4 @@ def resolve(value: Any) -> Any:
     return value.value() if type(value) is ObjectRef else value
 
 
-__all__ = ["Accepted", "ObjectRef", "Sending", "new_key", "resolve", "store_buffer"]
+__all__ = ["Accepted", "ObjectRef", "Sending", "new_key", "resolve", "snapshot", "store_buffer", "store_value"]
