@@ -21,7 +21,7 @@ def pytest_runtest_protocol() -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, _late)
     signal.alarm(TEST_LIMIT_S)
     try:
-        return (yield)  # type: ignore[return-value]
+        return (yield)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

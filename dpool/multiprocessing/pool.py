@@ -544,6 +544,11 @@ def to_exception(failure: Failure) -> BaseException:
     return error
 
 
+def __getattr__(name: str) -> Any:
+    """Names of the standard library's module that dpool does not replace, so that an import swap never fails."""
+    return getattr(_stdlib, name)
+
+
 def _exc_info() -> tuple[Any, Any, Any]:
     import sys
 
