@@ -255,6 +255,32 @@ def test_map_of_every_start_method(context: Any) -> None:
         assert list(executor.map(tasks.double, range(1000))) == list(range(0, 2000, 2))
 
 
+def test_map_goes_through_a_submit_of_the_users_own() -> None:
+    class Counting(ProcessPoolExecutor):
+        submitted = 0
+
+        def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            self.submitted += 1
+            return super().submit(fn, *args, **kwargs)
+
+    with Counting(1) as executor:
+        assert list(executor.map(str, range(7), chunksize=3)) == list(map(str, range(7)))
+        assert executor.submitted == 3
+
+    done: list[Any] = []
+    with ProcessPoolExecutor(1) as patched:
+        submit = patched.submit
+
+        def noted(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            future = submit(fn, *args, **kwargs)
+            done.append(future)
+            return future
+
+        patched.submit = noted  # type: ignore[method-assign]
+        assert list(patched.map(pow, range(5), [2] * 5)) == [0, 1, 4, 9, 16]
+    assert len(done) == 5 and all(future.done() for future in done)
+
+
 @pytest.mark.parametrize("options", [{}, {"chunksize": 3}, {"buffersize": 2}])
 def test_map_of_nothing_is_empty(options: dict[str, Any]) -> None:
     with executor_of(1) as executor:
@@ -536,10 +562,25 @@ def test_stopping_the_workers_fails_what_runs_and_cancels_the_rest(tmp_path: Pat
     with pytest.raises(RuntimeError):
         executor.submit(tasks.double, 1)
     process.join(PATIENCE_S)
-    assert process.exitcode in (-15, -9)
+    assert process.exitcode == {"terminate_workers": -15, "kill_workers": -9}[stop]
     getattr(executor, stop)()
     executor.shutdown()
     getattr(executor_of(1), stop)()  # nothing was started: nothing to stop
+
+
+@pytest.mark.parametrize("stop, handled, exitcode", [("terminate_workers", 1, 7), ("kill_workers", 0, -9)])
+def test_only_terminate_workers_lets_a_task_handle_its_end(tmp_path: Path, stop: str, handled: int,
+                                                           exitcode: int) -> None:
+    gate, note = Gate(tmp_path), tmp_path / "handled"
+    executor = executor_of(1)
+    executor.submit(tasks.hold_and_handle_sigterm, gate.started, gate.opened, str(note))
+    gate.wait()
+    [process] = executor._processes.values()
+    getattr(executor, stop)()
+    process.join(PATIENCE_S)
+    assert (tasks.marks(note), process.exitcode) == (handled, exitcode)
+    with pytest.raises(ValueError, match="Unsupported operation: 'stop'"):
+        executor._force_shutdown("stop")
 
 
 def run(program: str, *options: str) -> subprocess.CompletedProcess[str]:

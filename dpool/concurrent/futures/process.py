@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import time
 import weakref
@@ -151,6 +152,12 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
         items in one task; one that raises takes the results of its chunk with it. When the iterator ends, raises or is
         dropped, calls that were not sent to a worker yet never run.
         """
+        if "submit" in self.__dict__ or type(self).submit is not ProcessPoolExecutor.submit:
+            # The standard library's map() calls submit(), and who has put one of their own there counts on that:
+            # tqdm's process_map moves its bar so. Before 3.14 that map() has no buffersize.
+            ahead: dict[str, Any] = {} if buffersize is None else {"buffersize": buffersize}
+            if not ahead or sys.version_info >= (3, 14):
+                return super().map(fn, *iterables, timeout=timeout, chunksize=chunksize, **ahead)
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
         if buffersize is not None and not isinstance(buffersize, int):
@@ -301,21 +308,24 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
 
         Returns at once. What was queued is cancelled; what was running fails with BrokenProcessPool.
         """
-        self._stop_workers(kill=False)
+        self._force_shutdown(operation="terminate")
 
     def kill_workers(self) -> None:
         """Stop the workers with SIGKILL; otherwise like terminate_workers()."""
-        self._stop_workers(kill=True)
+        self._force_shutdown(operation="kill")
 
-    def _stop_workers(self, kill: bool) -> None:
+    def _force_shutdown(self, operation: str) -> None:
+        if operation not in ("terminate", "kill"):
+            raise ValueError(f"Unsupported operation: {operation!r}")
         group = self._group
         self.shutdown(wait=False, cancel_futures=True)
         if group is not None and group.ended is None:
-            processes = list(getattr(group, "processes", ()))
-            group.terminate()
-            if kill:
-                for process in processes:
+            group.terminate(at_once=False)
+            for process in list(getattr(group, "processes", ())):
+                if operation == "kill":
                     process.kill()
+                else:
+                    process.terminate()
 
     def __reduce__(self) -> Any:
         raise NotImplementedError("executor objects cannot be passed between processes or pickled")
@@ -659,8 +669,12 @@ class _ManagerThread:
 def to_exception(failure: Failure) -> BaseException:
     """What the standard library's executor would raise for this failure."""
     error, kind = failure.exception, failure.kind
-    if kind == WORKER_DIED:
+    if kind == WORKER_DIED and isinstance(error, WorkerDied):
         return _death(error, failure.traceback)
+    if kind == WORKER_DIED:  # the nodes it ran on were lost
+        broken = BrokenProcessPool(str(error))
+        broken.__cause__ = error
+        return broken
     if kind == ABANDONED:
         return _broken_pool(error)
     if kind == ARGUMENT_LOST:
@@ -705,11 +719,11 @@ def _broken_pool(why: BaseException) -> BaseException:
     return broken
 
 
-def _death(error: BaseException, trace: str = "") -> BaseException:
-    assert isinstance(error, WorkerDied)
+def _death(error: WorkerDied, trace: str = "") -> BaseException:
     death = WorkerDeath(f"{_ABRUPT}: {error}", error.pid, error.exitcode, error.host, error.task, error.attempts)
-    if trace:
-        death.__cause__ = _RemoteTraceback(f'\n"""\n{trace}"""')
+    # The standard library's words for it, since 3.15.
+    text = f"Process {error.pid} terminated abruptly with exit code {error.exitcode}"
+    death.__cause__ = _RemoteTraceback(f'\n"""\n{text}\n{trace}"""')
     return death
 
 
