@@ -25,8 +25,9 @@ from executor_tasks import Gate
 from test_executor import METHODS, PATIENCE_S, executor_of, run
 
 from dpool.concurrent.futures import ProcessPoolExecutor
-from dpool.concurrent.futures.process import WorkerDeath
-from dpool.errors import RemoteError, WorkerDied
+from dpool.concurrent.futures.process import WorkerDeath, to_exception
+from dpool.engine import WORKER_DIED, Failure
+from dpool.errors import NodeLost, RemoteError, WorkerDied
 
 
 @pytest.fixture(params=METHODS)
@@ -70,6 +71,9 @@ def test_a_death_breaks_the_executor_and_says_how_it_happened(context: Any, deat
         assert not wait([held, *queued], PATIENCE_S).not_done
         others = [future.exception() for future in [held, *queued]]
         assert all(isinstance(other, BrokenProcessPool) for other in others)
+        words = f"Process {error.pid} terminated abruptly with exit code {exitcode}"
+        assert all(type(one.__cause__) is _RemoteTraceback and words in str(one.__cause__)  # type: ignore[union-attr]
+                   for one in [error, *others])
         assert len(set(map(id, [error, *others]))) == 12  # each has a traceback of its own
         assert text in executor._broken
         with pytest.raises(BrokenProcessPool, match=text):
@@ -150,6 +154,12 @@ def test_retries_run_a_call_again_and_end() -> None:
 def test_a_retried_call_succeeds_when_its_worker_lives(tmp_path: Path) -> None:
     with executor_of(1, on_worker_death="fail", retries=2) as executor:
         assert executor.submit(tasks.die_until, str(tmp_path / "deaths"), 2).result(PATIENCE_S) == 2
+
+
+def test_the_loss_of_its_nodes_is_a_broken_pool_for_its_call() -> None:
+    lost = NodeLost("the nodes that were running task 0 were lost")
+    error = to_exception(Failure(WORKER_DIED, lost))
+    assert type(error) is BrokenProcessPool and str(error) == str(lost) and error.__cause__ is lost
 
 
 def test_a_death_report_can_be_pickled() -> None:

@@ -153,10 +153,14 @@ class Group:
         self._closing = True
         self.port.wake()
 
-    def terminate(self) -> None:
-        """End the workers now; what has no outcome yet fails as ABANDONED. Does not block."""
+    def terminate(self, at_once: bool = True) -> None:
+        """End the workers now; what has no outcome yet fails as ABANDONED. Does not block.
+
+        Not `at_once`: they are sent no SIGTERM, for the caller has signals of its own for them; SIGKILL comes all the
+        same, to those that go on.
+        """
         if self._pid == os.getpid():
-            self._end(GroupTerminated("the pool was terminated before this task had a result"))
+            self._end(GroupTerminated("the pool was terminated before this task had a result"), at_once)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until every worker has ended; False if `timeout` seconds pass first, or in the I/O thread itself."""
@@ -638,7 +642,7 @@ class Group:
 
     # -- the end
 
-    def _end(self, why: DpoolError) -> None:
+    def _end(self, why: DpoolError, at_once: bool = True) -> None:
         """Nothing more will run: every task without an outcome fails with `why`, the workers are killed."""
         with self._lock:
             if self._ended is not None:
@@ -646,7 +650,7 @@ class Group:
             self._ended = why
             left = self._dispatch.abandon()
             self._suspects.clear()
-        self.port.kill()
+        self.port.kill(at_once)
         failure = Failure(engine.ABANDONED, why)
         for job, tasks in left:
             abandon = getattr(job.sink, "abandon", None)
