@@ -29,12 +29,31 @@ _FOUND_AT_ONCE = (
     "dpool finds out first, and starts none"
 )
 
+_FINISHED = (
+    "when the last worker of an executor that nobody refers to any more has run its max_tasks_per_child, the stdlib "
+    "gives up the calls that wait; dpool replaces that worker and finishes them"
+)
+
 DIFFERENCES: tuple[Difference, ...] = (
     Difference("executor/ProcessPoolExecutorTest.test_saturation", _FOUND_AT_ONCE, ("spawn", "forkserver")),
     Difference("executor/ProcessPoolShutdownTest.test_processes_terminate", _FOUND_AT_ONCE, ("spawn", "forkserver")),
     Difference(
         "executor/ProcessPoolExecutorTest.test_python_finalization_error",
         "white-box: lets one thread start and expects a second one, of a call queue, to fail; dpool starts one only",
+    ),
+    Difference("executor/ProcessPoolExecutorTest.test_gc_during_max_tasks_worker_exit_gh152967", _FINISHED,
+               ("spawn", "forkserver")),
+    Difference("executor/ProcessPoolExecutorTest.test_shutdown_no_wait_max_tasks_gh119592", _FINISHED,
+               ("spawn", "forkserver")),
+    Difference(
+        "executor/ProcessPoolExecutorTest.test_failed_worker_replacement_breaks_pool",
+        "white-box: makes the stdlib's private _spawn_worker fail; dpool's workers are started by another function",
+        ("spawn", "forkserver"),
+    ),
+    Difference(
+        "executor/ProcessPoolExecutorTest.test_force_shutdown_during_max_tasks_worker_exit",
+        "white-box: sets the flag that terminate_workers() sets in the stdlib, instead of calling it; dpool has none",
+        ("spawn", "forkserver"),
     ),
 )
 
