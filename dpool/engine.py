@@ -106,8 +106,9 @@ class WorkerGroup(Protocol):
     thread of the process that opened it."""
 
     def submit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink,
-               asks_start: bool = False) -> Any:
-        """Queue one call; its outcome goes to `sink` as task 0. Returns the job, a token for cancel().
+               asks_start: bool = False, attended: bool = False) -> Any:
+        """Queue one call; its outcome goes to `sink` as task 0. Returns the job, a token for cancel(). `attended` says
+        that attend() follows.
 
         Raises GroupBroken if the group is broken, GroupClosed after close(), ForeignProcess after a fork, and what
         pickling the function raises.
@@ -121,6 +122,11 @@ class WorkerGroup(Protocol):
 
     def open_stream(self, function: Callable[..., Any], mode: int, sink: Sink, as_pushed: bool = False) -> Any:
         """A job that grows: see Stream. With `as_pushed` a task gets each item as it was when it was pushed."""
+        ...
+
+    def attend(self, job: Any) -> None:
+        """The caller is about to wait for the outcome of `job`: see to it in this thread if that is quicker. May return
+        before it is there."""
         ...
 
     def cancel(self, job: Any) -> int:

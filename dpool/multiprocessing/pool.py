@@ -99,6 +99,17 @@ class Pool(_stdlib.Pool):
     def _repopulate_pool(self) -> None:
         self._group.maintain()  # type: ignore[attr-defined]
 
+    def apply(self, func: Callable[..., Any], args: Iterable[Any] = (),
+              kwds: Mapping[str, Any] = {}) -> Any:  # noqa: B006
+        """`func(*args, **kwds)` in a worker; waits for it. Raises what it raises."""
+        if self._state != RUN:
+            raise ValueError("Pool not running")
+        result = ApplyResult(self, None, None)
+        group: Any = self._group
+        job = group.submit(func, tuple(args), dict(kwds) if kwds else {}, result, attended=True)
+        group.attend(job)
+        return result.get()
+
     def apply_async(self, func: Callable[..., Any], args: Iterable[Any] = (), kwds: Mapping[str, Any] = {},  # noqa: B006
                     callback: Callable[[Any], object] | None = None,
                     error_callback: Callable[[BaseException], object] | None = None) -> ApplyResult:

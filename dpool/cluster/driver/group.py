@@ -61,6 +61,10 @@ if TYPE_CHECKING:
         def close_tasks(self) -> None: ...
         def kill(self, at_once: bool = True) -> None: ...
         def close(self) -> None: ...
+        # With shares_memory only:
+        def lead(self) -> None: ...
+        def receive_alone(self) -> tuple[int, Any, list[int]] | None: ...
+        def follow(self) -> None: ...
 
 # A batch that no worker is in is given up as lost after a worker's death if it still is in none after this time.
 # Longer than a worker needs from taking a message off the socket to saying so.
@@ -100,6 +104,10 @@ class Group:
         self._timer_armed = False
         self._stopped: set[int] = set()  # slots whose workers were ended to stop a task, until they are dead
         self._lent: set[int] = set()  # batches that were sent a segment of the store's
+        # Results are received by a thread that waits for one, not by the I/O thread; guarded by _lock, which is also
+        # held while the port is told. _attending is held by that thread.
+        self._attended = False
+        self._attending = threading.Lock()
         self._pid = os.getpid()
         self._store = store.current()
         self._store.attach()
@@ -109,12 +117,46 @@ class Group:
     # -- what the doors call
 
     def submit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink,
-               asks_start: bool = False) -> Job:
+               asks_start: bool = False, attended: bool = False) -> Job:
         """Queue one call; its outcome goes to `sink` as task 0. See dpool.engine.WorkerGroup."""
         known = table.get(function)
         job = Job(known, known.timing, engine.CALL, ((args, kwargs),), sink, 1, asks_start)
-        self._add(job)
+        self._add(job, attended)
         return job
+
+    def attend(self, job: Job) -> None:
+        """Receive the outcome of `job` in this thread, which would only wait for it: two threads need not be woken one
+        after the other. Blocks until it is there or other things happen in the group; then the I/O thread sees to it.
+
+        The job must have been submitted with `attended`, and its sink must not mind in which thread it is told.
+        """
+        attending = self.port.shares_memory and self._attending.acquire(False)
+        try:
+            while attending and job.unsettled:
+                with self._lock:
+                    if len(self._dispatch.inflight) != 1 or self._dispatch.queue or self._ended is not None:
+                        break
+                    if not self._attended:
+                        self._attended = True
+                        self.port.lead()
+                message = self.port.receive_alone()
+                if message is None:
+                    break
+                self._on_results(message[1], message[2])
+                if self._closing or not self._attended:
+                    self.port.wake()  # the I/O thread waits for this result, too
+        finally:
+            if job.unsettled:
+                self._unattend()
+            if attending:
+                self._attending.release()
+
+    def _unattend(self) -> None:
+        """Results are the I/O thread's again."""
+        with self._lock:
+            if self._attended:
+                self._attended = False
+                self.port.follow()
 
     def submit_many(self, function: Callable[..., Any], items: Sequence[Any], mode: int, sink: Sink,
                     chunk: int = 1) -> Job:
@@ -189,7 +231,7 @@ class Group:
         self.port.start()
         self._dispatch.workers = self.port.count
 
-    def _add(self, job: Job) -> None:
+    def _add(self, job: Job, attended: bool = False) -> None:
         if self._pid != os.getpid():
             raise ForeignProcess(f"this pool was created in process {self._pid} and serves only that process; "
                                  f"this is process {os.getpid()}: create a pool of its own here")
@@ -203,6 +245,8 @@ class Group:
             # The common case, in the same breath: a worker has room, and no more of them need be started.
             here = dispatch.has_credit and (not self.spec.on_demand or dispatch.workers >= self.spec.processes)
             batch = dispatch.next_batch(time.monotonic()) if here else None
+        if self._attended and not attended:
+            self._unattend()
         if batch is None or self._send(batch):
             self._pump()
 
@@ -405,6 +449,8 @@ class Group:
                     self._on_death(what)
                 else:
                     self._on_news(kind, what)
+            if self._attended:
+                self._unattend()  # whatever it was may have been the end of what is waited for
             if dispatch.stopping:
                 self._stop_running()
             if deadline is not None:
@@ -414,6 +460,7 @@ class Group:
                 port.close_tasks()
             if not port.count and (self._tasks_closed or self._ended is not None):
                 break
+        self._unattend()
         port.close()
         for number in self._lent:
             self._store.lost((self, number))
@@ -650,6 +697,7 @@ class Group:
             self._ended = why
             left = self._dispatch.abandon()
             self._suspects.clear()
+        self._unattend()
         self.port.kill(at_once)
         failure = Failure(engine.ABANDONED, why)
         for job, tasks in left:

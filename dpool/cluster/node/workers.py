@@ -80,6 +80,11 @@ class Workers:
         self._poll.register(self._wake, select.EPOLLIN)
         self._results_fd = self.results.fileno()
         self._views = [memoryview(bytearray(frames.RECEIVE_BYTES))]
+        # For receive_alone(), made when it is first needed: what it waits with, what it receives into, and an eventfd
+        # that ends the waiting.
+        self._alone: Any = None
+        self._alone_views = self._views
+        self._leave = -1
         _all.add(self)
 
     def _can_split(self) -> bool:
@@ -210,7 +215,7 @@ class Workers:
         ready = self._poll.poll(timeout)
         if len(ready) == 1 and ready[0][0] == self._results_fd:
             # One message a call: a second read to learn that there is no more would cost more than it saves.
-            message = self._receive()
+            message = self._receive(self._views)
             return () if message is None else (message,)
         return list(self._events(ready))
 
@@ -223,24 +228,56 @@ class Workers:
                 dead.append(descriptor)
         if dead or len(ready) > 1:
             # What a worker sent before it died is in the socket by now: all of it comes before the news of its death.
-            while (message := self._receive()) is not None:
+            while (message := self._receive(self._views)) is not None:
                 yield message[0], memoryview(bytes(message[1])), message[2]
                 if not dead:
                     break
         for descriptor in dead:
             yield DEATH, self._reap(descriptor), []
 
-    def _receive(self) -> tuple[int, memoryview, list[int]] | None:
+    # -- results in another thread than poll()'s
+
+    def lead(self) -> None:
+        """From here on poll() sees no results; receive_alone() does."""
+        if self._alone is None:
+            self._leave = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._alone_views = [memoryview(bytearray(frames.RECEIVE_BYTES))]
+            self._alone = select.poll()
+            self._alone.register(self._results_fd, select.POLLIN)
+            self._alone.register(self._leave, select.POLLIN)
+        try:
+            os.eventfd_read(self._leave)
+        except BlockingIOError:
+            pass
+        self._poll.modify(self._results_fd, 0)
+
+    def receive_alone(self) -> tuple[int, memoryview, list[int]] | None:
+        """Wait for the next message, None if follow() is called first. For one thread at a time."""
+        for descriptor, _ in self._alone.poll():
+            if descriptor == self._results_fd:
+                try:
+                    return self._receive(self._alone_views)
+                except OSError:  # closed
+                    break
+        return None
+
+    def follow(self) -> None:
+        """poll() sees results again, receive_alone() returns."""
+        if not self._closed:
+            self._poll.modify(self._results_fd, select.EPOLLIN)
+            os.eventfd_write(self._leave, 1)
+
+    def _receive(self, views: list[memoryview]) -> tuple[int, memoryview, list[int]] | None:
         try:
             size, control, _, _ = self.results.recvmsg_into(
-                self._views, _CONTROL_BYTES, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+                views, _CONTROL_BYTES, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return None
         descriptors = []
         if control:
             data = control[0][2]
             descriptors = [int.from_bytes(data[i:i + 4], "little") for i in range(0, len(data) - 3, 4)]
-        return MESSAGE, self._views[0][:size], descriptors
+        return MESSAGE, views[0][:size], descriptors
 
     # -- deaths
 
@@ -354,6 +391,8 @@ class Workers:
             self._poll.close()
             for descriptor in (self._lifeline, self._lifeline_end, self._page_fd, self._wake, *self._pidfds):
                 os.close(descriptor)
+            if self._leave >= 0:
+                os.close(self._leave)
             for end in (self.tasks, self._tasks_end, self.results, self._results_end):
                 end.close()
             self.page.release()
