@@ -184,6 +184,11 @@ class ExitsWhenRebuilt:
         return exit_python, (1,)
 
 
+class DiesWhenRebuilt:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return exit_process, (6,)
+
+
 class BrokenWhenPickled:
     def __reduce__(self) -> NoReturn:
         raise pickle.PicklingError("not to be pickled")

@@ -6,6 +6,7 @@ It never sleeps to wait for something and asserts no times. With uvloop installe
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import inspect
 import multiprocessing
@@ -15,7 +16,9 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures.process import _RemoteTraceback
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -441,6 +444,69 @@ def test_what_cannot_be_pickled_or_rebuilt_fails_its_call(play: Callable[[Main],
 
 
 # -- the end
+
+
+@pytest.mark.parametrize("function, argument", [
+    (tasks.capture, tasks.BrokenWhenPickled()), (tasks.capture, tasks.ExitsWhenPickled()),
+    (tasks.capture, threading.Lock()), (tasks.make, tasks.BrokenWhenRebuilt),
+], ids=["argument raises", "argument exits", "argument is a lock", "result raises"])
+@pytest.mark.parametrize("form", ["run", "map", "imap"])
+def test_what_cannot_be_pickled_or_rebuilt_keeps_nothing_alive(function: Any, argument: Any, form: str) -> None:
+    async def main() -> list[weakref.ref[Any]]:
+        pool = pool_of(1)
+        with pytest.raises(BaseException) as caught:
+            if form == "run":
+                await pool.run(function, argument)
+            elif form == "map":
+                await pool.map(function, [argument])
+            else:
+                async with aclosing(pool.imap(function, [argument])) as results:  # type: ignore[type-var]
+                    await anext(results)
+                del results
+        error = caught.value
+        del caught
+        assert type(error.__cause__) is _RemoteTraceback and "Traceback (most recent call" in str(error.__cause__)
+        error.__traceback__ = None  # it leads to this frame
+        pool.close()
+        pool._group.join()  # join() has a thread that knows the group and may end a little later
+        return [weakref.ref(pool), weakref.ref(pool._group), weakref.ref(pool._group._thread)]
+
+    gc.collect()
+    gc.disable()  # a cycle would end with the next collection only
+    try:
+        assert [thing() for thing in asyncio.run(main())] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_under_anyio(tmp_path: Path) -> None:
+    anyio = pytest.importorskip("anyio", reason="anyio is not installed")
+    gate, ran = Gate(tmp_path), tmp_path / "ran"
+    results: dict[int, int] = {}
+
+    async def main() -> None:
+        async with pool_of(1) as pool:
+            async def call(value: int) -> None:
+                results[value] = await pool.run(tasks.double, value)
+
+            async with anyio.create_task_group() as group:
+                for value in range(20):
+                    group.start_soon(call, value)
+            assert results == {value: 2 * value for value in range(20)}
+            with gate:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(pool.run, tasks.hold, gate.started, gate.opened)
+                    await anyio.to_thread.run_sync(gate.wait)
+                    for _ in range(20):
+                        group.start_soon(pool.run, tasks.mark, str(ran))
+                    await anyio.sleep(0)
+                    group.cancel_scope.cancel()
+                await anyio.to_thread.run_sync(gate.open)
+            with anyio.CancelScope(shield=True), anyio.fail_after(PATIENCE_S):
+                assert await pool.run(tasks.double, 1) == 2
+        assert tasks.marks(ran) <= 2
+
+    anyio.run(main)
 
 
 def test_leaving_the_block_finishes_what_was_begun(play: Callable[[Main], Any]) -> None:

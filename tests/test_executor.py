@@ -168,10 +168,13 @@ def test_a_function_that_returns_an_exception_returns_it() -> None:
         assert repr(next(executor.map(ValueError, [1]))) == "ValueError(1)"
 
 
-def test_calls_are_never_deduplicated() -> None:
-    with executor_of(1) as executor:
-        ids = {executor.submit(tasks.mark, "/dev/null", i).result(PATIENCE_S) for i in range(3)}
-    assert ids == {0, 1, 2}
+def test_calls_are_never_deduplicated(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    with executor_of(2) as executor:
+        same = [executor.submit(tasks.mark, str(ran)) for _ in range(30)]
+        assert not wait(same, PATIENCE_S).not_done
+        assert list(executor.map(tasks.mark, [str(ran)] * 30)) == [None] * 30
+    assert tasks.marks(ran) == 60
 
 
 def test_states_are_true_and_what_was_not_sent_can_be_cancelled(tmp_path: Path) -> None:
@@ -457,13 +460,62 @@ def test_executors_nest() -> None:
         assert list(executor.map(tasks.nested_map, [[1, 2], [3]])) == [[2, 4], [6]]
 
 
-def test_in_an_event_loop() -> None:
-    async def main() -> Any:
-        loop = asyncio.get_running_loop()
-        with executor_of(2) as executor:
-            return await asyncio.gather(*(loop.run_in_executor(executor, tasks.double, i) for i in range(50)))
+@pytest.mark.parametrize("loop_kind", ["asyncio", "uvloop"])
+def test_in_an_event_loop(loop_kind: str, tmp_path: Path) -> None:
+    gate, ran = Gate(tmp_path), tmp_path / "ran"
 
-    assert asyncio.run(main()) == list(range(0, 100, 2))
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with executor_of(1) as executor, gate:
+            many = [loop.run_in_executor(executor, tasks.double, i) for i in range(50)]
+            assert await asyncio.gather(*many) == list(range(0, 100, 2))
+            with pytest.raises(KeyError) as caught:
+                await loop.run_in_executor(executor, tasks.raise_error, KeyError, 1)
+            assert type(caught.value.__cause__) is stdlib_process._RemoteTraceback
+            held = loop.run_in_executor(executor, tasks.hold, gate.started, gate.opened, "held")
+            await asyncio.to_thread(gate.wait)
+            queued = [loop.run_in_executor(executor, tasks.mark, str(ran)) for _ in range(20)]
+            for call in queued:
+                call.cancel()  # reaches the executor's future
+            await asyncio.sleep(0)
+            await asyncio.to_thread(gate.open)
+            assert await held == "held"
+        assert tasks.marks(ran) <= 1  # two calls a worker are in flight
+
+    factory = asyncio.new_event_loop
+    if loop_kind == "uvloop":
+        factory = pytest.importorskip("uvloop", reason="uvloop is not installed").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_through_the_threads_of_anyio(backend: str) -> None:
+    anyio = pytest.importorskip("anyio", reason="anyio is not installed")
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    results: dict[int, int] = {}
+
+    async def main() -> None:
+        with executor_of(2) as executor:
+            async def call(value: int) -> None:
+                results[value] = await anyio.to_thread.run_sync(executor.submit(tasks.double, value).result)
+
+            async with anyio.create_task_group() as group:
+                for value in range(20):
+                    group.start_soon(call, value)
+
+    anyio.run(main, backend=backend)
+    assert results == {value: 2 * value for value in range(20)}
+
+
+def test_through_the_threads_of_trio() -> None:
+    trio = pytest.importorskip("trio", reason="trio is not installed")
+
+    async def main() -> Any:
+        with executor_of(1) as executor:
+            return await trio.to_thread.run_sync(executor.submit(tasks.double, 4).result)
+
+    assert trio.run(main) == 8
 
 
 # -- the end

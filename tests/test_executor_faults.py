@@ -126,6 +126,9 @@ def test_with_fail_a_death_fails_one_call_and_the_worker_is_replaced(context: An
         after = [executor.submit(tasks.double, i) for i in range(20)]
         error = guilty.exception(PATIENCE_S)
         assert type(error) is WorkerDeath and error.exitcode == exitcode and text in str(error)
+        if exitcode == -signal.SIGSEGV:
+            assert "Fatal Python error: Segmentation fault" in str(error.__cause__)
+            assert "in kill_self" in str(error.__cause__)
         assert [future.result(PATIENCE_S) for future in before + after] == 2 * list(range(0, 40, 2))
         assert list(executor.map(tasks.double, range(10))) == list(range(0, 20, 2))
         assert executor._broken is False
@@ -320,6 +323,13 @@ def test_what_cannot_be_pickled_or_rebuilt_keeps_nothing_alive(function: Any, ar
         assert [thing() for thing in ended] == [None] * 3
     finally:
         gc.enable()
+
+
+def test_with_fail_an_argument_that_kills_its_worker_when_rebuilt_fails_its_call_alone(context: Any) -> None:
+    with ProcessPoolExecutor(1, context, on_worker_death="fail") as executor:
+        error = executor.submit(tasks.capture, tasks.DiesWhenRebuilt()).exception(PATIENCE_S)
+        assert type(error) is WorkerDeath and error.exitcode == 6
+        assert executor.submit(tasks.double, 1).result(PATIENCE_S) == 2
 
 
 def test_an_exception_that_cannot_be_rebuilt_arrives_as_its_text() -> None:

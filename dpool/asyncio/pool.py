@@ -171,9 +171,9 @@ class Pool:
         finally:
             if reader is not None:
                 reader.cancel()
-            results.close()
+            job = results.close()
             if not results.ended:
-                self._drop(group, results.tasks.job)
+                self._drop(group, job)
 
     def _drop(self, group: Any, job: Any) -> None:
         if self._kill:
@@ -406,7 +406,7 @@ class _Stream:
             self._reader_waiting.set_result(None)
 
     def _send(self, read: list[Any]) -> None:
-        if read:
+        if read and self.tasks is not None:  # an input may go on when its reader is cancelled
             self.sent += len(read)
             self.tasks.extend(read if self.wrap is None else [self.wrap(item) for item in read])
 
@@ -414,7 +414,8 @@ class _Stream:
         self._send(read)
         self.open = False
         self.input_error = error
-        self.tasks.seal()
+        if self.tasks is not None:
+            self.tasks.seal()
         self._wake()
 
     # -- the results
@@ -431,10 +432,14 @@ class _Stream:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
-    def close(self) -> None:
+    def close(self) -> Any:
+        """Nobody takes results any more; returns the job, for the group's cancel()."""
+        job = self.tasks.job
         self.open = False
         self.tasks.seal()
+        self.tasks = None  # the job refers to this, its sink
         self.items.clear()
+        return job
 
     def deliver(self, first: int, values: Any) -> None:
         if first < 0:  # the group has ended
@@ -496,11 +501,19 @@ def to_exception(failure: Failure) -> BaseException:
         again = type(error)(text)
         again.__cause__ = error.__cause__
         return again
-    if failure.traceback:
+    trace = failure.traceback
+    if error.__traceback__ is not None:
+        # It could not be pickled or rebuilt here. The frames lead to the call that will hold this error: they would
+        # keep it, and the group's thread, until the garbage collector comes by.
+        import traceback
+
+        trace = "".join(traceback.format_exception(error))
+        error.__context__ = error.__traceback__ = None
+    if trace:
         from concurrent.futures import process
 
         kind: Any = process._RemoteTraceback
-        error.__cause__ = kind(f'\n"""\n{failure.traceback}"""')
+        error.__cause__ = kind(f'\n"""\n{trace}"""')
     if isinstance(error, StopIteration):
         # A future refuses it, since it would end the coroutine that awaits it.
         instead = RuntimeError(f"the call raised {error!r}")
