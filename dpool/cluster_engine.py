@@ -1,12 +1,14 @@
 """The cluster engine: groups whose workers are on the nodes of a cluster.
 
-Composes a client with a port for each group and keeps no list of them; used by session.py, the only place that names
-it.
+Composes a client with a port for each group, and ends the groups when it is closed; used by session.py, the only place
+that names it.
 """
 
 from __future__ import annotations
 
 import os
+import time
+import weakref
 
 from dpool.cluster.driver.client import Client
 from dpool.cluster.driver.group import Group
@@ -17,6 +19,8 @@ from dpool.errors import ForeignProcess
 
 # How long the head may take to answer.
 CONNECT_TIMEOUT_S = 10.0
+# How long the groups that are still open may take to end when the engine is closed.
+CLOSE_TIMEOUT_S = 5.0
 
 
 class ClusterEngine:
@@ -29,6 +33,7 @@ class ClusterEngine:
     def __init__(self, address: str, key: str | os.PathLike[str] | None = None) -> None:
         self._client = Client(cluster_keys.find(key), address)
         self._pid = os.getpid()
+        self._groups: weakref.WeakSet[Group] = weakref.WeakSet()
         try:
             self._client.connect(CONNECT_TIMEOUT_S)
         except BaseException:
@@ -46,8 +51,19 @@ class ClusterEngine:
                                  f"dpool.init() here to be connected, too")
         port = ClusterPort(self._client, spec)
         port.open()
-        return Group(spec, port, port.supervisor)
+        group = Group(spec, port, port.supervisor)
+        self._groups.add(group)
+        return group
 
     def close(self) -> None:
-        """Leave the cluster; groups that are still open lose their nodes."""
+        """Leave the cluster; groups that are still open are terminated. Blocks until they have ended, at most
+        CLOSE_TIMEOUT_S."""
+        if self._pid != os.getpid():
+            return
+        end = time.monotonic() + CLOSE_TIMEOUT_S
+        groups = list(self._groups)
+        for group in groups:
+            group.terminate()
+        for group in groups:
+            group.join(max(end - time.monotonic(), 0.0))
         self._client.close()

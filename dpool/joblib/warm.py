@@ -33,10 +33,11 @@ EXIT_TIMEOUT_S = 5.0
 class Warm:
     """One group, and what a call must want to be given it."""
 
-    __slots__ = ("group", "key", "workers", "idle_timeout_s", "deadline", "pid")
+    __slots__ = ("group", "engine", "key", "workers", "idle_timeout_s", "deadline", "pid")
 
-    def __init__(self, group: Any, key: tuple[Any, ...], workers: int, idle_timeout_s: float) -> None:
+    def __init__(self, group: Any, engine: Any, key: tuple[Any, ...], workers: int, idle_timeout_s: float) -> None:
         self.group = group
+        self.engine = engine
         self.key = key
         self.workers = workers
         self.idle_timeout_s = idle_timeout_s
@@ -64,9 +65,10 @@ class Shelf:
     def take(self, key: tuple[Any, ...], spec: GroupSpec, idle_timeout_s: float) -> Warm:
         """A group for one call: an idle one that was opened for an equal key, or a new one. Raises what opening one
         raises."""
+        engine = session.current()
         with self._changed:
             for warm in reversed(self._idle):
-                if warm.key == key:
+                if warm.key == key and warm.engine is engine:
                     self._idle.remove(warm)
                     self._lent.add(warm)
                     warm.idle_timeout_s = idle_timeout_s
@@ -74,7 +76,7 @@ class Shelf:
             if self._at_exit is None:
                 # Before multiprocessing's own, which ends all children one by one.
                 self._at_exit = util.Finalize(None, self._end_all, exitpriority=20)
-        warm = Warm(session.current().open_group(spec), key, spec.processes, idle_timeout_s)
+        warm = Warm(engine.open_group(spec), engine, key, spec.processes, idle_timeout_s)
         with self._changed:
             self._lent.add(warm)
         return warm

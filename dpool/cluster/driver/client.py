@@ -248,6 +248,7 @@ class Client:
             elif isinstance(message, messages.Gone) and message.session == pulse.session:
                 self._drop_pulse(pulse.session)
                 pulse.on_lost("it knows nothing of this group any more")
+                return  # its dialer is closed
 
     def _undial(self, pulse: Pulse) -> None:
         if pulse.dialer is not None:

@@ -108,7 +108,8 @@ class Node:
         self.broken_at: float | None = None
         self.retry_at = 0.0
         self.refusals = 0
-        self.opened = False
+        self.opened = self.watched = False
+        self.open_until = time.monotonic() + OPEN_TIMEOUT_S
         self.lost = ""  # why
         self.living: dict[int, RemoteProcess] = {}
         self.inflight: dict[int, None] = {}
@@ -245,6 +246,10 @@ class ClusterPort:
         self._first_number += node.workers
         if spec.all_cpus:
             spec.processes = max(sum(one.workers for one in self._nodes.values()), 1)
+
+    def _watch(self, node: Node) -> None:
+        """Begin the pulse: not earlier than the node knows the session, for it denies those it does not know."""
+        node.watched = True
         self.client.watch(Pulse(node.key, node.addresses[0], lambda: node.session.received,
                                 lambda received: self._tell("echo", (node, received)),
                                 lambda why: self._tell("lost", (node, why))))
@@ -445,6 +450,7 @@ class ClusterPort:
 
     def _until_due(self, timeout: float | None) -> float | None:
         waiting = [node.retry_at for node in self._nodes.values() if node.broken_at is not None]
+        waiting += [node.open_until for node in self._nodes.values() if not node.opened]
         if self._empty_since is not None:
             waiting.append(self._empty_since + REPLACE_WITHIN_S)
         if not waiting:
@@ -523,6 +529,8 @@ class ClusterPort:
                                events: list[tuple[int, Any, list[int]]]) -> None:
         if isinstance(message, messages.Resumed):
             node.resumed, node.broken_at, node.refusals = True, None, 0
+            if not node.watched:
+                self._watch(node)
             if node.session.sent > message.received:
                 for again in node.session.resume(message.received):
                     assert node.dialer is not None
@@ -593,6 +601,9 @@ class ClusterPort:
         """What falls due with time."""
         now = time.monotonic()
         for node in list(self._nodes.values()):
+            if not node.opened and now > node.open_until:
+                self._lose(node, f"it has not answered within {OPEN_TIMEOUT_S:.0f} s", events)
+                continue
             if node.broken_at is None:
                 continue
             if now - node.broken_at > RESUME_WITHIN_S:

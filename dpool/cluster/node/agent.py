@@ -81,6 +81,8 @@ class Part:
     def close(self) -> None:
         """Give every descriptor back; its workers must have ended or be ending."""
         if self.workers is not None:
+            for process in self.workers._slots.values():
+                process.let_go()
             self.workers.close()
         self.arrivals.close()
         self.output.close()

@@ -180,9 +180,14 @@ class Worker:
             except ProcessLookupError:
                 pass
 
-    def __del__(self) -> None:
+    def let_go(self) -> None:
+        """Its end is not waited for any more."""
         if self._status >= 0:
             os.close(self._status)
+            self._status = -1
+
+    def __del__(self) -> None:
+        self.let_go()
 
 
 def memory_bytes() -> int:

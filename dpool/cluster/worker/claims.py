@@ -10,12 +10,15 @@ import os
 
 
 class Claims:
-    """Has the two methods of a semaphore that workers use."""
+    """Has the two methods of a semaphore that workers use. Owns its descriptor."""
 
     __slots__ = ("descriptor",)
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
     def release(self, count: int = 1) -> None:
         """`count` more tasks may be claimed."""
