@@ -142,8 +142,12 @@ class WorkerGroup(Protocol):
         """Take no more tasks; the accepted ones still finish, then the workers end. Does not block."""
         ...
 
-    def terminate(self) -> None:
-        """End the workers now; what has no result yet is reported as ABANDONED. Does not block."""
+    def terminate(self, at_once: bool = True) -> None:
+        """End the workers now; what has no result yet is reported as ABANDONED. Does not block.
+
+        Not `at_once`: they are sent no SIGTERM, for the caller has signals of its own for them; SIGKILL comes all the
+        same, to those that go on.
+        """
         ...
 
     def join(self, timeout: float | None = None) -> bool:
