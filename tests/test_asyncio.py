@@ -30,6 +30,7 @@ from test_executor import METHODS, PATIENCE_S, run
 
 import dpool.asyncio
 from dpool.asyncio import DefaultExecutor, Pool, to_process
+from dpool.asyncio.mailbox import mailbox_of
 from dpool.concurrent.futures import ProcessPoolExecutor
 from dpool.errors import GroupBroken, GroupTerminated, RemoteError, WorkerDied
 
@@ -115,6 +116,40 @@ def test_many_calls_at_once(play: Callable[[Main], Any]) -> None:
             assert [task.result() for task in made] == list(range(0, 40, 2))
 
     play(main)
+
+
+def test_many_results_wake_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader:
+        def __init__(self) -> None:
+            self.read: list[Any] = []
+
+        def deliver(self, first: int, values: Any) -> None:
+            self.read.append((first, values))
+            if first == 999:
+                ready.set()
+
+    ready = asyncio.Event()
+    reader = Reader()
+    woken: list[Any] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+
+        def counted(callback: Callable[..., Any], *args: Any) -> Any:
+            woken.append(callback)
+            return wake(callback, *args)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        mailbox = mailbox_of(loop)
+        thread = threading.Thread(target=lambda: [mailbox.post(reader, i, str(i)) for i in range(1000)])
+        thread.start()
+        thread.join()  # the loop is busy meanwhile
+        await asyncio.wait_for(ready.wait(), PATIENCE_S)
+
+    asyncio.run(main())
+    assert reader.read == [(i, str(i)) for i in range(1000)]
+    assert len(woken) == 1
 
 
 def test_maps(play: Callable[[Main], Any]) -> None:
