@@ -51,7 +51,7 @@ def test_import_dpool_imports_next_to_nothing() -> None:
 def test_the_pool_door_imports_no_more_than_it_must() -> None:
     new = modules_after("import dpool.multiprocessing.pool") - modules_after("import multiprocessing.pool")
     assert not new & HEAVY
-    assert len(new) <= 30, sorted(new)
+    assert len(new) <= 40, sorted(new)  # what the first pool needs among them: see session.prepare()
 
 
 def test_a_first_map_imports_nothing_heavy_in_the_driver() -> None:
@@ -130,7 +130,7 @@ def test_every_name_of_the_face_is_there(name: str) -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Poool'"):
-        _ = dpool.Poool  # type: ignore[attr-defined]
+        _ = dpool.Poool
     with pytest.raises(AttributeError):
         _ = dpool.multiprocessing.nope
 

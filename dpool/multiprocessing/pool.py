@@ -54,6 +54,8 @@ LOOK_AHEAD = 4096
 LOOK_AHEAD_BYTES = 64 << 20
 LOOK_AHEAD_LEAST = 16
 
+session.prepare()
+
 _job_numbers = itertools.count()
 
 
