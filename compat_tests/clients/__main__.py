@@ -39,7 +39,7 @@ def run(client: Client, method: str | None = None, limit_s: float = LIMIT_S) -> 
     environment = os.environ | {"PYTHONPATH": str(CHECKOUT), variable: value}
     with tempfile.TemporaryDirectory(prefix="compat_clients-") as folder, open(Path(folder, "output"), "w+b") as output:
         report = Path(folder, "report")
-        arguments = (client.name, str(report), method, limit_s)
+        arguments = (client.module, str(report), method, limit_s)
         child = subprocess.Popen(
             [sys.executable, "-c", f"from compat_tests.clients.child import main; main(*{arguments!r})"],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=environment,

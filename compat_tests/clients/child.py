@@ -13,16 +13,14 @@ from importlib import import_module
 
 from compat_tests.clients.comparing import difference
 from compat_tests.clients.doors import Doors, Evidence
-from compat_tests.clients.registry import CLIENTS
 
 
-def main(name: str, path: str, method: str | None, limit_s: float) -> None:
-    """Run the client's workloads; `method` is the start method, None for Python's own choice."""
+def main(client: str, path: str, method: str | None, limit_s: float) -> None:
+    """Run the workloads of the module `client`; `method` is the start method, None for Python's own choice."""
     faulthandler.dump_traceback_later(limit_s * 0.95)
     if method is not None:
         multiprocessing.set_start_method(method)
-    (client,) = (client for client in CLIENTS if client.name == name)
-    module = import_module(client.module)
+    module = import_module(client)
     evidence = Evidence(f"{path}.tally")
     workloads = [value for value in vars(module).values() if hasattr(value, "calls_are_counted")]
     with open(path, "w") as file:

@@ -13,8 +13,7 @@ class Client:
     """A program that dpool should serve as the standard library does."""
 
     name: str
-    distributions: tuple[str, ...] = ()  # the first is the client, the others are what its workload needs beside; none:
-    # it is part of Python
+    distributions: tuple[str, ...] = ()  # the client, then what its workload needs beside; none: it is part of Python
     quick: bool = True  # to install: part of the extra "clients"
 
     @property
@@ -38,10 +37,10 @@ CLIENTS = (
     Client("black", ("black",)),
     Client("compileall"),
     Client("cython", ("Cython",), quick=False),
-    Client("dask", ("dask",)),
+    Client("dask", ("dask", "numpy")),
     Client("deap", ("deap",)),
-    Client("dynesty", ("dynesty",)),
-    Client("emcee", ("emcee",)),
+    Client("dynesty", ("dynesty",), quick=False),
+    Client("emcee", ("emcee", "numpy")),
     Client("flake8", ("flake8",)),
     Client("gensim", ("gensim",), quick=False),
     Client("isort", ("isort",)),
@@ -54,10 +53,10 @@ CLIENTS = (
     Client("pandas", ("pandas",), quick=False),
     Client("pillow", ("pillow",)),
     Client("platypus", ("platypus-opt",)),
-    Client("pylint", ("pylint",)),
+    Client("pylint", ("pylint",), quick=False),
     Client("pymoo", ("pymoo",), quick=False),
     Client("scipy", ("scipy",)),
-    Client("sympy", ("sympy",)),
+    Client("sympy", ("sympy",), quick=False),
     Client("tornado", ("tornado",)),
     Client("tqdm", ("tqdm",)),
 )
