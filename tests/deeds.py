@@ -29,6 +29,17 @@ def identity(value: Any) -> Any:
     return value
 
 
+def append(path: str, text: str) -> None:
+    """Add to a file, in one step."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(text.encode())
+
+
+def read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
 def pid_of_worker(_: object = None) -> int:
     return os.getpid()
 

@@ -31,7 +31,7 @@ FLOORS: dict[str, set[str]] = {
     "cluster.driver": STORE,
     "cluster.head": WIRE,
     "cluster.launch": WIRE | {"cluster.head", "cluster.node"},
-    "testing": BASE | {"cluster.driver"},
+    "testing": STORE | {"cluster.driver", "cluster.node", "cluster.worker"},
     "embedded": BASE | {"cluster.driver", "cluster.node"},
     "cluster_engine": WIRE | {"cluster.driver"},
     "session": WIRE | {"cluster.node", "embedded", "cluster_engine"},
