@@ -38,6 +38,8 @@ class Judged:
 def main() -> int:
     """Parse, run, print; returns the exit code."""
     options = _options()
+    if options.family == "joblib":
+        return _run_joblib(options)
     chosen, missing = _choose(options)
     for family in missing:
         print(f"{family}: {HINT}")
@@ -69,7 +71,8 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m compat_tests", description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default="dpool")
-    parser.add_argument("--family", choices=[*suites.FAMILIES, "all"], default="all")
+    parser.add_argument("--family", choices=[*suites.FAMILIES, "joblib", "all"], default="all",
+                        help="joblib: joblib's own tests, the others are CPython's")
     parser.add_argument("--context", choices=[*suites.CONTEXTS, "all"], default="all", help="the start method")
     parser.add_argument("--only", metavar="PATTERN", action="append", help="family/class/context.test; * is allowed")
     parser.add_argument("--white-box", action="store_true", help="only the tests that look inside the pool")
@@ -79,6 +82,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write every outcome to this file")
     parser.add_argument("--verbose", action="store_true", help="print the output of suites that failed")
     return parser.parse_args()
+
+
+def _run_joblib(options: argparse.Namespace) -> int:
+    """joblib's own tests; its control is loky, joblib's own backend."""
+    from compat_tests.joblib_suite.__main__ import main as joblib_main
+
+    if options.target == "broken":
+        print("joblib: no negative control here; see test_joblib_suite.py")
+        return 2
+    arguments = ["--target", "dpool" if options.target == "dpool" else "loky", "--jobs", str(options.jobs)]
+    arguments += [f"--only={part}" for part in options.only or []]
+    return joblib_main(arguments + (["--json", str(options.json)] if options.json else []))
 
 
 def _choose(options: argparse.Namespace) -> tuple[list[Suite], list[str]]:

@@ -62,7 +62,7 @@ def pack(value: Any, reduce_array: Callable[[Any], Any] | None = None) -> Parcel
         pickler.arrays = (numpy.ndarray, numpy.memmap)
         pickler.reduce_array = reduce_array
     pickler.dump(value)
-    return Parcel(out.getbuffer(), *buffers)
+    return Parcel(out.getvalue(), *buffers)  # without a copy: nothing else has the bytes
 
 
 _class: Any = None
