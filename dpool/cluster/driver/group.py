@@ -56,12 +56,16 @@ if TYPE_CHECKING:
         def wake(self) -> None: ...
         def poll(self, timeout: float | None) -> Sequence[tuple[int, Any, list[int]]]: ...
         def claimed(self) -> dict[int, int]: ...
+        def unread(self) -> bool: ...
         def steal(self, number: int) -> int: ...
         def stop(self, tasks: list[tuple[int, int]]) -> set[int]: ...
         def close_tasks(self) -> None: ...
         def kill(self, at_once: bool = True) -> None: ...
         def close(self) -> None: ...
-        # With shares_memory only:
+
+    class NearPort(Port, Protocol):
+        """One that shares_memory: its workers are on this machine."""
+
         def lead(self) -> None: ...
         def receive_alone(self) -> tuple[int, Any, list[int]] | None: ...
         def follow(self) -> None: ...
@@ -130,7 +134,8 @@ class Group:
 
         The job must have been submitted with `attended`, and its sink must not mind in which thread it is told.
         """
-        attending = self.port.shares_memory and self._attending.acquire(False)
+        near: NearPort = self.port  # type: ignore[assignment]
+        attending = near.shares_memory and self._attending.acquire(False)
         try:
             while attending and job.unsettled:
                 with self._lock:
@@ -138,8 +143,8 @@ class Group:
                         break
                     if not self._attended:
                         self._attended = True
-                        self.port.lead()
-                message = self.port.receive_alone()
+                        near.lead()
+                message = near.receive_alone()
                 if message is None:
                     break
                 self._on_results(message[1], message[2])
@@ -155,8 +160,9 @@ class Group:
         """Results are the I/O thread's again."""
         with self._lock:
             if self._attended:
+                near: NearPort = self.port  # type: ignore[assignment]
                 self._attended = False
-                self.port.follow()
+                near.follow()
 
     def submit_many(self, function: Callable[..., Any], items: Sequence[Any], mode: int, sink: Sink,
                     chunk: int = 1) -> Job:
@@ -676,16 +682,7 @@ class Group:
         """Whether a batch may still be in the socket: messages are taken in order, so not if a later one is taken."""
         if any(other > number for other in claimed):
             return False
-        return self._unread()
-
-    def _unread(self) -> bool:
-        import array
-        import fcntl
-        import termios
-
-        unread = array.array("i", [0])
-        fcntl.ioctl(self.port._tasks_end, termios.FIONREAD, unread)  # type: ignore[attr-defined]
-        return unread[0] > 0
+        return self.port.unread()
 
     # -- the end
 

@@ -256,7 +256,7 @@ class ClusterPort:
 
     def _tell(self, kind: str, what: Any) -> None:
         self._inbox.append((kind, what))
-        if kind == "lost":
+        if kind == "lost" or what[0].objects:  # some of which may be gone here
             self._waker.wake()
 
     def _dial(self, node: Node) -> None:
@@ -384,6 +384,10 @@ class ClusterPort:
     def claimed(self) -> dict[int, int]:
         """Every batch: which of them no worker has begun is the nodes' to find out, and they say so."""
         return _Every()
+
+    def unread(self) -> bool:
+        """Never: see claimed()."""
+        return False
 
     def steal(self, number: int) -> int:
         """Ask for the unbegun tasks of a batch; 0 now, STOLEN later."""

@@ -14,13 +14,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import termios
 import threading
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable
-from fcntl import ioctl
 
 import msgspec
 import zmq
@@ -535,7 +532,7 @@ class Agent:
         if part.stops:
             self._stop_tasks(part, workers)
         if part.ledger.deadline is not None and part.ledger.deadline <= now:
-            for batch in part.ledger.lost(workers.claimed(), _unread(workers), now):
+            for batch in part.ledger.lost(workers.claimed(), workers.unread(), now):
                 self._post(part, messages.Lost(batch))
 
     def _on_output(self, part: Part, descriptor: int) -> None:
@@ -617,10 +614,3 @@ def _slots(workers: Workers) -> list[messages.Slot]:
         assert isinstance(process, Worker)
         found.append(messages.Slot(slot, process.pid, process.name))
     return found
-
-
-def _unread(workers: Workers) -> bool:
-    """Whether there is something in the socket that no worker has taken."""
-    unread = array("i", [0])
-    ioctl(workers._tasks_end, termios.FIONREAD, unread)
-    return unread[0] > 0

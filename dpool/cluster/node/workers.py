@@ -6,12 +6,15 @@ should be sent the driver's. Owned by the embedded engine's group, whose I/O thr
 
 from __future__ import annotations
 
+import array
+import fcntl
 import mmap
 import os
 import select
 import signal
 import socket
 import sys
+import termios
 import threading
 import time
 import weakref
@@ -24,7 +27,7 @@ from dpool.cluster.wire import frames
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, TRACE_BYTES, Handle, page_bytes, trace_offset
 from dpool.cluster.worker.main import worker_main
-from dpool.cluster.worker.setup import Setup
+from dpool.cluster.worker.setup import Initializer, Setup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,6 +73,7 @@ class Workers:
         self._page_fd = segments.Segment(size).descriptor
         self._map = mmap.mmap(self._page_fd, size)
         self.page = memoryview(self._map)[:spec.processes * SLOT_WORDS * 8].cast("Q")
+        self._initializer = Initializer(spec.initializer, spec.initargs)
         self._claims: dict[int, Any] = {}
         self._reused: dict[int, bool] = {}
         self.splits = self._can_split()
@@ -155,7 +159,7 @@ class Workers:
         self._map[start:start + TRACE_BYTES] = bytes(TRACE_BYTES)
         setup = Setup(Handle(self._tasks_end.fileno()), Handle(self._results_end.fileno()),
                       Handle(self._lifeline_end), Handle(self._page_fd), spec.processes, slot, claims,
-                      spec.max_tasks, spec.initializer, spec.initargs)
+                      spec.max_tasks, self._initializer)
         make = spec.start_process or spec.context.Process  # type: ignore[attr-defined]
         process = make(target=worker_main, args=(setup,))
         process.name = process.name.replace("Process", spec.worker_name)
@@ -342,6 +346,12 @@ class Workers:
         page = self.page
         return {page[slot * SLOT_WORDS + BATCH]: slot for slot in list(self._slots) if page[slot * SLOT_WORDS + BATCH]}
 
+    def unread(self) -> bool:
+        """Whether a message is in the socket that no worker has taken yet."""
+        waiting = array.array("i", [0])
+        fcntl.ioctl(self._tasks_end, termios.FIONREAD, waiting)
+        return waiting[0] > 0
+
     def steal(self, number: int) -> int:
         """Take the unbegun tasks of a batch from its worker; how many, counted from the batch's end. 0 if it is in no
         worker, or if the worker left it meanwhile: then its report of what it ran tells what was taken."""
@@ -398,6 +408,7 @@ class Workers:
             self.page.release()
             self._map.close()
             self._claims.clear()
+            self._initializer.close()
 
 
 def _claims(context: Any) -> Any:

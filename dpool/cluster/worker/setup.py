@@ -10,6 +10,7 @@ import os
 import select
 import signal
 
+from dpool.cluster.store import segments
 from dpool.cluster.wire import pickling
 from dpool.cluster.wire.handles import Handle, reopen
 
@@ -29,8 +30,7 @@ class Setup:
     """
 
     def __init__(self, tasks: Handle, results: Handle, lifeline: Handle, page: Handle, slots: int, slot: int,
-                 claims: Any, max_tasks: int | None, initializer: Callable[..., object] | None,
-                 initargs: tuple[Any, ...]) -> None:
+                 claims: Any, max_tasks: int | None, initializer: Initializer) -> None:
         self.tasks = tasks
         self.results = results
         self.lifeline = lifeline
@@ -39,30 +39,53 @@ class Setup:
         self.slot = slot
         self.claims = claims
         self.max_tasks = max_tasks
-        self.initializer = Initializer(initializer, initargs)
+        self.initializer = initializer
 
 
 class Initializer:
     """A group's initializer and its arguments, in a pickle of their own, so that a lambda is no obstacle and what
-    cannot be rebuilt is reported like an initializer that raises."""
+    cannot be rebuilt is reported like an initializer that raises. Large buffers in the arguments are stored once, for
+    all workers of the group; close() gives them back."""
 
     def __init__(self, function: Callable[..., object] | None, args: tuple[Any, ...]) -> None:
         self.function = function
         self.args = args
-        self._data: bytes | None = None
+        self._buffers: list[memoryview] = []  # what is in the segment
+        self._segment = -1
+        self._table = b""
 
-    def __getstate__(self) -> bytes:
-        return pickling.dumps((self.function, self.args), by_value=True)
+    def __getstate__(self) -> tuple[bytes, Handle | None, bytes]:
+        buffers: list[memoryview] = []
+        data = pickling.dumps((self.function, self.args), buffers, by_value=True)
+        if not buffers:
+            return data, None, b""
+        if [id(view.obj) for view in buffers] != [id(view.obj) for view in self._buffers]:
+            self.close()
+            self._segment, self._table = segments.write(buffers)
+            self._buffers = buffers
+        return data, Handle(self._segment), self._table
 
-    def __setstate__(self, data: bytes) -> None:
+    def __setstate__(self, state: tuple[bytes, Handle | None, bytes]) -> None:
         # Loaded here and not in run(): what refers to the parent, such as a lock, can be rebuilt only now.
         self._error: Exception | None = None
+        data, handle, table = state
         try:
             import pickle
 
-            self.function, self.args = pickle.loads(data)
+            buffers: list[memoryview] = []
+            if handle is not None:
+                buffers = segments.read(handle.descriptor, table)
+                os.close(handle.descriptor)
+            self.function, self.args = pickle.loads(data, buffers=buffers)
         except Exception as error:
             self.function, self.args, self._error = None, (), error
+
+    def close(self) -> None:
+        """No more workers will be started."""
+        if self._segment >= 0:
+            os.close(self._segment)
+            self._segment = -1
+            self._buffers = []
 
     _error: Exception | None = None
 

@@ -121,7 +121,7 @@ def _run_worker(request: dict[str, Any], given: dict[str, int]) -> int:
     from dpool.cluster.worker import modules
     from dpool.cluster.worker.claims import Claims
     from dpool.cluster.worker.main import worker_main
-    from dpool.cluster.worker.setup import Setup
+    from dpool.cluster.worker.setup import Initializer, Setup
 
     random.seed()
     for stream in (sys.stdout, sys.stderr):
@@ -132,13 +132,14 @@ def _run_worker(request: dict[str, Any], given: dict[str, int]) -> int:
     except OSError:
         pass
     setup = Setup(Handle(given["tasks"]), Handle(given["results"]), Handle(given["lifeline"]), Handle(given["page"]),
-                  request["slots"], request["slot"], Claims(given["claims"]), request["max_tasks"], None, ())
+                  request["slots"], request["slot"], Claims(given["claims"]), request["max_tasks"],
+                  Initializer(None, ()))
     modules.install(given["asks"])
 
     def run() -> None:
         if "initializer" in given:
             with open(given["initializer"], "rb") as file:
-                setup.initializer.__setstate__(file.read())
+                setup.initializer.__setstate__((file.read(), None, b""))
         worker_main(setup)
 
     class WorkerProcess(process.BaseProcess):
