@@ -26,7 +26,7 @@ def inode_and_sum(_: int) -> tuple[int, int, int]:
     address = kept.__array_interface__["data"][0]
     with open("/proc/self/maps") as file:
         for line in file:
-            span, _, _, _, inode = line.split()[:5]
+            span, *_, inode = line.split()[:5]
             start, stop = (int(end, 16) for end in span.split("-"))
             if start <= address < stop:
                 return os.getpid(), int(inode), int(kept.sum())
