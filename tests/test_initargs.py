@@ -21,7 +21,7 @@ def keep(array: Any, lock: Any, *_: Any) -> None:
         kept = array
 
 
-def inode_and_sum(_: int) -> tuple[int, int, int]:
+def inode_and_sum(_task: int) -> tuple[int, int, int]:
     """The worker, the inode of the segment that the array lies in, and what the array holds."""
     address = kept.__array_interface__["data"][0]
     with open("/proc/self/maps") as file:
