@@ -12,6 +12,7 @@ import pickle
 from itertools import chain
 from multiprocessing.reduction import ForkingPickler
 
+from dpool.cluster.wire import large_bytes
 from dpool.cluster.wire.functions import dumps_by_value
 
 TYPE_CHECKING = False
@@ -71,7 +72,8 @@ class _Bytes:
         self.data = data
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self.data), (pickle.PickleBuffer(self.data),)
+        make = large_bytes.build if type(self.data) is bytes else bytearray
+        return make, (pickle.PickleBuffer(self.data),)
 
 
 def _lift(value: Any) -> Any:
