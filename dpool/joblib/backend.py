@@ -247,8 +247,9 @@ class DpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
             digest = hashed.digest()
         max_tasks = options.get("maxtasksperchild")
         # Workers look for modules where the program does, and work where it does: they must not be older than that.
-        key = (n_jobs, type(context), context.get_start_method(), tuple(environment.items()), digest, max_tasks,
-               tuple(sys.path), os.getcwd())
+        # They are another engine's after dpool.init().
+        key = (session.current(), n_jobs, type(context), context.get_start_method(), tuple(environment.items()), digest,
+               max_tasks, tuple(sys.path), os.getcwd())
         return key, GroupSpec(n_jobs, context, start_worker, (environment, share, threads, first), max_tasks,
                               on_demand=True, worker_name="JoblibWorker")
 

@@ -58,6 +58,11 @@ class Shelf:
         self._at_exit: Any = None
 
     @property
+    def idle(self) -> list[Warm]:
+        """The groups that wait for a call, the longest idle first."""
+        return list(self._idle)
+
+    @property
     def lent_workers(self) -> int:
         """Workers of the groups that are lent to calls now."""
         return sum(warm.workers for warm in list(self._lent))
@@ -75,7 +80,7 @@ class Shelf:
                     return warm
             if self._at_exit is None:
                 # Before multiprocessing's own, which ends all children one by one.
-                self._at_exit = util.Finalize(None, self._end_all, exitpriority=20)
+                self._at_exit = util.Finalize(None, self.clear, exitpriority=20)
         warm = Warm(engine.open_group(spec), engine, key, spec.processes, idle_timeout_s)
         with self._changed:
             self._lent.add(warm)
@@ -107,6 +112,7 @@ class Shelf:
         """The group is of no use any more."""
         with self._changed:
             self._forget(warm)
+            self._changed.notify()
         warm.group.terminate()
 
     def _forget(self, warm: Warm) -> None:
@@ -140,18 +146,21 @@ class Shelf:
             for warm in due:
                 warm.group.terminate()
 
-    def _end_all(self) -> None:
+    def clear(self) -> None:
+        """End every group of this process, and wait until its workers have ended, EXIT_TIMEOUT_S at most for each."""
         with self._changed:
+            janitor = self._janitor
             groups = [warm.group for warm in (*self._idle, *self._draining, *self._lent) if warm.pid == os.getpid()]
             self._idle.clear()
             self._draining.clear()
             self._lent.clear()
-            self._at_exit = None
             self._changed.notify()
         for group in groups:
             group.terminate()
         for group in groups:
             group.join(EXIT_TIMEOUT_S)
+        if janitor is not None:
+            janitor.join(EXIT_TIMEOUT_S)
 
 
 shelf = Shelf()
