@@ -119,7 +119,7 @@ class Listener:
 
                 role = self._allowed.get(z85.encode(credentials[0]))
             if role is None:
-                self._refuse(address.decode("ascii", "replace"))
+                self._refuse(address.decode("ascii", "replace").removeprefix("::ffff:"))
                 self._zap.send_multipart([version, number, b"400", b"unknown key", b"", b""])
             else:
                 self._zap.send_multipart([version, number, b"200", b"", role.encode(), b""])

@@ -1,0 +1,364 @@
+"""Owns the tests of the doors on a cluster of this machine: a head and nodes as processes, linked by encrypted TCP.
+
+It kills and stops real processes and counts what they leave. Keys and hostile peers are in test_cluster_security.py,
+links that are cut in test_hosts.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor as StdlibExecutor
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+
+import deeds
+import numpy as np
+import pytest
+from clusters import Cluster, Driver, children_of, until, until_as_before, workers_of
+
+import dpool
+from dpool.cluster.driver import remote
+from dpool.cluster.store.transfer import pieces
+from dpool.concurrent.futures import ProcessPoolExecutor
+from dpool.errors import GroupBroken, GroupTerminated, WorkerDied
+from dpool.multiprocessing import Pool, get_context
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes with two CPUs each, which no test harms."""
+    with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        with Driver(cluster), Pool(4) as pool:
+            # With the first large message ZeroMQ opens what it keeps.
+            assert len(set(pool.starmap(parent_with, [(np.ones(100_000),)] * 40, chunksize=1))) == 2
+            pool.map(shifted_ones, range(40), chunksize=1)
+        yield cluster
+
+
+@pytest.fixture
+def driver(cluster: Cluster) -> Iterator[Cluster]:
+    """This process uses the cluster, and leaves nothing of it on the nodes."""
+    before = [node.descriptors() for node in cluster.nodes]
+    with Driver(cluster):
+        yield cluster
+    for node, had in zip(cluster.nodes, before, strict=True):
+        until_as_before(node, had)
+    until(lambda: not cluster.workers(), "all workers are gone")
+
+
+# -- what tasks do: local functions, so that they travel by value
+
+
+def parent_of(_: object = None) -> int:
+    return os.getppid()
+
+
+def parent_with(array: Any) -> int:
+    time.sleep(0.01)  # so that every worker has some
+    return os.getppid()
+
+
+def sum_of(*arrays: Any) -> float:
+    return float(sum(array.sum() for array in arrays))
+
+
+def shifted(array: Any, by: float) -> Any:
+    array += by  # an argument is the task's own
+    return array
+
+
+def shifted_ones(by: float) -> Any:
+    return shifted(np.ones(100_000), by)
+
+
+def put_shifted(array: Any, by: float) -> Any:
+    return dpool.put(array + by)
+
+
+def wait_for_file(path: str) -> int:
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    return os.getpid()
+
+
+def note(path: str, value: int) -> int:
+    """Say that this task is run."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(b"%d\n" % value)
+    return value
+
+
+def pids_inode(name: str) -> int:
+    return os.stat(name).st_ino
+
+
+# -- the doors
+
+
+def test_a_pool_spans_the_nodes(driver: Cluster) -> None:
+    with Pool(4) as pool:
+        assert pool.map(deeds.double, range(100)) == [2 * value for value in range(100)]
+        assert len(workers_of(pool)) == 4 and all(process.is_alive() for process in workers_of(pool))
+        assert pool.starmap(deeds.add, [(1, 2), (3, 4)]) == [3, 7]
+        assert sorted(pool.imap_unordered(deeds.double, range(50))) == [2 * value for value in range(50)]
+        assert list(pool.imap(deeds.double, iter(range(50)), chunksize=7)) == [2 * value for value in range(50)]
+        assert pool.apply(deeds.add, (1, 2, 3)) == 6
+        assert driver.workers() >= {process.pid for process in workers_of(pool)}
+        zygotes = {zygote for node in driver.nodes for zygote in children_of(node.pid)}
+        assert set(pool.map(parent_of, range(400), chunksize=1)) == zygotes
+
+
+def test_a_pool_without_a_number_has_all_cpus(driver: Cluster) -> None:
+    with Pool() as pool:
+        until(lambda: len(workers_of(pool)) == 4, "a worker for each CPU")
+
+
+def test_more_workers_than_cpus(driver: Cluster) -> None:
+    with Pool(9) as pool:
+        assert pool.map(deeds.double, range(20)) == [2 * value for value in range(20)]
+        until(lambda: len(workers_of(pool)) == 9, "nine workers")
+
+
+def test_functions_travel_by_value(driver: Cluster) -> None:
+    secret = 40
+
+    class Local:
+        def __init__(self, value: int) -> None:
+            self.value = value
+
+    with Pool(2) as pool:
+        assert pool.map(lambda value: value + secret, [1, 2]) == [41, 42]
+        assert pool.apply(lambda local: local.value, (Local(7),)) == 7
+
+
+def test_exceptions_come_with_the_remote_traceback(driver: Cluster) -> None:
+    with Pool(2) as pool:
+        with pytest.raises(KeyError, match="nothing") as caught:
+            pool.apply(deeds.raise_error, (KeyError, "nothing"))
+        assert "raise_error" in str(caught.value.__cause__)
+        assert pool.apply(deeds.double, (2,)) == 4
+
+
+def test_a_dead_worker_fails_its_task_and_is_replaced(driver: Cluster) -> None:
+    with Pool(2) as pool:
+        with pytest.raises(WorkerDied, match="SIGKILL"):
+            pool.apply(deeds.kill_self)
+        assert pool.map(deeds.double, range(50), chunksize=1) == [2 * value for value in range(50)]
+        until(lambda: len(workers_of(pool)) == 2, "the worker is replaced")
+
+
+def test_terminate_ends_what_runs(driver: Cluster, tmp_path: Path) -> None:
+    pool = Pool(2)
+    running = [pool.apply_async(wait_for_file, (str(tmp_path / "never"),)) for _ in range(4)]
+    pool.terminate()
+    pool.join()
+    for result in running:
+        with pytest.raises(GroupTerminated):
+            result.get()
+
+
+def test_maxtasksperchild(driver: Cluster) -> None:
+    with Pool(1, maxtasksperchild=2) as pool:
+        assert len(set(pool.map(deeds.pid_of_worker, range(6), chunksize=1))) == 3
+
+
+def test_an_executor(driver: Cluster) -> None:
+    with ProcessPoolExecutor(3) as executor:
+        assert isinstance(executor, StdlibExecutor)
+        futures = [executor.submit(deeds.double, value) for value in range(50)]
+        assert not wait(futures, 60).not_done
+        assert [future.result() for future in futures] == [2 * value for value in range(50)]
+        assert list(executor.map(deeds.double, range(20), chunksize=3)) == [2 * value for value in range(20)]
+
+
+def test_an_executor_starts_workers_on_demand(driver: Cluster) -> None:
+    with ProcessPoolExecutor(4, get_context("spawn")) as executor:
+        assert executor.submit(deeds.double, 1).result() == 2
+        assert 1 <= len(driver.workers()) < 4
+        assert list(executor.map(deeds.double, range(200))) == [2 * value for value in range(200)]
+
+
+def test_a_dead_worker_breaks_an_executor(driver: Cluster) -> None:
+    from concurrent.futures.process import BrokenProcessPool
+
+    with ProcessPoolExecutor(2) as executor:
+        with pytest.raises(BrokenProcessPool):
+            executor.submit(deeds.exit_process, 3).result()
+
+
+def test_asyncio(driver: Cluster) -> None:
+    from dpool import asyncio as dpool_asyncio
+
+    async def main() -> list[int]:
+        async with dpool_asyncio.Pool(2) as pool:
+            found: list[int] = await asyncio.gather(*(pool.run(deeds.double, value) for value in range(20)))
+            return found
+
+    assert asyncio.run(main()) == [2 * value for value in range(20)]
+
+
+def test_joblib(driver: Cluster) -> None:
+    joblib = pytest.importorskip("joblib")
+    with joblib.parallel_config(backend="dpool", n_jobs=2):
+        found = joblib.Parallel()(joblib.delayed(deeds.double)(value) for value in range(50))
+    assert found == [2 * value for value in range(50)]
+
+
+def test_the_address_in_the_environment_is_enough(cluster: Cluster) -> None:
+    program = ("from dpool.multiprocessing import Pool\n"
+               "if __name__ == '__main__':\n"
+               "    with Pool(2) as pool:\n"
+               "        print(pool.map(abs, [-1, -2]), len({process.host for process in pool._pool}))\n")
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+                             env=cluster.environment() | {"DPOOL_ADDRESS": cluster.address})
+    assert (process.stdout, process.stderr, process.returncode) == ("[1, 2] 1\n", "", 0)
+
+
+# -- initializers, output, what a worker knows
+
+
+def _remember(value: int) -> None:
+    global remembered
+    remembered = value  # type: ignore[name-defined]
+
+
+def _recall(_: object) -> int:
+    return remembered  # type: ignore[name-defined, no-any-return]
+
+
+def test_the_initializer_runs_in_each_worker(driver: Cluster) -> None:
+    with Pool(4, _remember, (17,)) as pool:
+        assert set(pool.map(_recall, range(40), chunksize=1)) == {17}
+
+
+def test_an_initializer_that_raises_breaks_the_pool(driver: Cluster) -> None:
+    with Pool(2, deeds.raise_error, (ValueError, "not today")) as pool:
+        with pytest.raises(GroupBroken, match="not today"):
+            pool.apply(deeds.double, (1,))
+
+
+def test_whole_lines_of_the_workers_reach_stdout_and_stderr(cluster: Cluster) -> None:
+    program = ("import sys\n"
+               "from dpool.multiprocessing import Pool\n"
+               "def say(i):\n"
+               "    for part in ('line ', str(i), ' of stdout\\n'):\n"
+               "        sys.stdout.write(part)\n"
+               "    print('line', i, 'of stderr', file=sys.stderr)\n"
+               "if __name__ == '__main__':\n"
+               "    with Pool(4) as pool:\n"
+               "        pool.map(say, range(40), chunksize=1)\n"
+               "        pool.close()\n"
+               "        pool.join()\n")
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+                             env=cluster.environment() | {"DPOOL_ADDRESS": cluster.address})
+    assert sorted(process.stdout.splitlines()) == sorted(f"line {i} of stdout" for i in range(40))
+    assert sorted(process.stderr.splitlines()) == sorted(f"line {i} of stderr" for i in range(40))
+
+
+def _authkey(_: object) -> bytes:
+    import multiprocessing
+
+    return bytes(multiprocessing.current_process().authkey)
+
+
+def test_the_authkey_travels_so_that_managers_work(driver: Cluster) -> None:
+    import multiprocessing
+
+    with multiprocessing.Manager() as manager, Pool(2) as pool:
+        assert set(pool.map(_authkey, range(4))) == {bytes(multiprocessing.current_process().authkey)}
+        shared = manager.dict()
+        pool.starmap(_put_into, [(shared, value) for value in range(10)])
+        assert dict(shared) == {value: value for value in range(10)}
+
+
+def _put_into(shared: Any, value: int) -> None:
+    shared[value] = value
+
+
+def _nested(count: int) -> list[int]:
+    with Pool(2) as pool:
+        found: list[int] = pool.map(deeds.double, range(count))
+        return found
+
+
+def test_a_pool_in_a_task_works_on_the_task_s_machine(driver: Cluster) -> None:
+    with Pool(2) as pool:
+        assert pool.map(_nested, [3, 4]) == [[0, 2, 4], [0, 2, 4, 6]]
+
+
+# -- objects
+
+
+def test_large_arrays_both_ways(driver: Cluster) -> None:
+    array = np.arange(700_000.0)
+    with Pool(4) as pool:
+        for index, result in enumerate(pool.starmap(shifted, [(array, value) for value in range(6)], chunksize=1)):
+            assert (result == np.arange(700_000.0) + index).all()
+        assert (array == np.arange(700_000.0)).all()
+
+
+def test_refs_as_arguments_and_results_across_nodes(driver: Cluster) -> None:
+    ref = dpool.put(np.ones(500_000))
+    with Pool(4) as pool:
+        assert set(pool.starmap(sum_of, [(ref,)] * 12, chunksize=1)) == {500_000.0}
+        results = pool.starmap(put_shifted, [(ref, float(value)) for value in range(8)], chunksize=1)
+        assert [float(dpool.get(result)[0]) for result in results] == [1.0 + value for value in range(8)]
+        # What one node has put goes to the other.
+        assert pool.starmap(sum_of, [(result,) for result in results], chunksize=1) == [
+            500_000.0 * (1 + value) for value in range(8)]
+        assert pool.apply(sum_of, (dpool.put(np.ones(3)), *results[:2])) == 3 + 500_000.0 * 3
+
+
+def test_an_object_travels_once_to_each_node(driver: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 1 << 20
+    sent: list[int] = []
+
+    def counted(descriptor: int, parts: Any = None) -> Any:
+        found = pieces(descriptor, parts)
+        sent.extend(piece.nbytes for _, _, piece in found)
+        return found
+
+    monkeypatch.setattr(remote, "pieces", counted)
+    ref = dpool.put(np.zeros(size // 8))
+    with Pool(4) as pool:
+        zygotes = set(pool.starmap(parent_with, [(ref,)] * 40, chunksize=1))
+    assert len(zygotes) == 2
+    assert 2 * size <= sum(sent) < 2.1 * size
+
+
+def test_an_object_is_freed_on_the_nodes_when_the_driver_frees_it(driver: Cluster) -> None:
+    ref = dpool.put(np.zeros(1 << 20))
+    with Pool(2) as pool:
+        before = [node.descriptors() for node in driver.nodes]
+        assert pool.starmap(sum_of, [(ref,)] * 8, chunksize=1) == [0.0] * 8
+        assert any(node.descriptors() != had for node, had in zip(driver.nodes, before, strict=True))
+        del ref
+        for node, had in zip(driver.nodes, before, strict=True):
+            until_as_before(node, had)
+
+
+def test_what_a_segment_held_before_does_not_leave_the_machine(driver: Cluster) -> None:
+    with Pool(1) as pool:
+        for _ in range(3):  # fills segments that are used again
+            pool.apply(sum_of, (np.frombuffer(b"secret!!" * 100_000, dtype=np.uint8),))
+        # 513 kB in a segment of a larger class, which was used before. The needle itself is in there, too.
+        assert pool.apply(_maps_with, (np.zeros(513_000, dtype=np.uint8), b"secret!!")) == 1
+
+
+def _maps_with(array: Any, needle: bytes) -> int:
+    """In how many places the segment of an argument has these bytes."""
+    found = 0
+    with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            if "memfd:dpool" in line:
+                first, last = (int(number, 16) for number in line.split()[0].split("-"))
+                size = os.stat(f"/proc/self/map_files/{line.split()[0]}").st_size if os.geteuid() == 0 else last - first
+                memory.seek(first)
+                found += memory.read(min(size, last - first)).count(needle)
+    return found
