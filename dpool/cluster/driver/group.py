@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import pickle
 import socket
 import threading
 import time
@@ -16,9 +15,11 @@ import time
 from dpool import engine
 from dpool.cluster.driver.dispatch import NODE_LOSSES, Batch, Dispatch, Job
 from dpool.cluster.driver.functions import table
+from dpool.cluster.driver.incoming import Incoming, tell
+from dpool.cluster.driver.outgoing import Refused, TooManyRefs, encode, explain
+from dpool.cluster.driver.stream import Stream
 from dpool.cluster.store import store
-from dpool.cluster.store.refs import Accepted, ObjectRef, Sending, snapshot, store_buffer
-from dpool.cluster.wire import frames, pickling
+from dpool.cluster.wire import events, frames
 from dpool.engine import Failure
 from dpool.errors import (
     DpoolError,
@@ -27,7 +28,6 @@ from dpool.errors import (
     GroupClosed,
     GroupTerminated,
     NodeLost,
-    ObjectLost,
     ObjectStoreFull,
     RemoteError,
     WorkerDied,
@@ -36,39 +36,10 @@ from dpool.errors import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Any, Protocol
+    from typing import Any
 
+    from dpool.cluster.driver.port import NearPort, Port
     from dpool.engine import GroupSpec, Sink
-
-    class Port(Protocol):
-        """The way to a group's workers: dpool.cluster.node.workers.Workers, or a link to another machine."""
-
-        splits: bool
-        shares_memory: bool  # a segment that is sent is the receiver's too, not copied
-        processes: list[Any]
-
-        @property
-        def count(self) -> int: ...
-
-        def start(self) -> None: ...
-        def demand(self, queued: int, inflight: int) -> None: ...
-        def send(self, parts: list[bytes], descriptors: list[int]) -> bool: ...
-        def wake(self) -> None: ...
-        def poll(self, timeout: float | None) -> Sequence[tuple[int, Any, list[int]]]: ...
-        def claimed(self) -> dict[int, int]: ...
-        def unread(self) -> bool: ...
-        def steal(self, number: int) -> int: ...
-        def stop(self, tasks: list[tuple[int, int]]) -> set[int]: ...
-        def close_tasks(self) -> None: ...
-        def kill(self, at_once: bool = True) -> None: ...
-        def close(self) -> None: ...
-
-    class NearPort(Port, Protocol):
-        """One that shares_memory: its workers are on this machine."""
-
-        def lead(self) -> None: ...
-        def receive_alone(self) -> tuple[int, Any, list[int]] | None: ...
-        def follow(self) -> None: ...
 
 # A batch that no worker is in is given up as lost after a worker's death if it still is in none after this time.
 # Longer than a worker needs from taking a message off the socket to saying so.
@@ -77,11 +48,6 @@ LOST_AFTER_S = 0.1
 # A task that is to be stopped may stand in a worker's socket, and no worker says when it begins it: this often that is
 # looked at. Longer: it runs longer. Shorter: the driver wakes more often meanwhile.
 STOP_RECHECK_S = 0.01
-
-# Buffers of this size that several tasks of one call have in common are stored once. Larger: fewer are looked at.
-SHARE_MIN_BYTES = 1 << 20
-# Different buffers of one call that are remembered for that.
-MAX_SHARED = 256
 
 _names = itertools.count(1)
 
@@ -179,7 +145,19 @@ class Group:
         timing = known.timing if mode in (engine.MAP, engine.STAR) else type(known.timing)()
         job = Job(known, timing, mode, [], sink, open=True)
         self._add(job)
-        return Stream(self, job, as_pushed)
+        return Stream(job, as_pushed, self._extend, self._seal)
+
+    def _extend(self, job: Job, items: Sequence[Any]) -> None:
+        with self._lock:
+            if self._ended is not None:
+                return
+            self._dispatch.extend(job, items)
+        self._pump()
+
+    def _seal(self, job: Job) -> None:
+        with self._lock:
+            self._dispatch.seal(job)
+        self.port.wake()
 
     def cancel(self, job: Job) -> int:
         """Drop the tasks of `job` that were not sent yet; returns how many that was. Their sink is not told."""
@@ -285,59 +263,29 @@ class Group:
                     self._dispatch.drop(batch, refused)
                 if not batch.stop:
                     return True
-        function: Any = batch.function
+        holder = (self, batch.number)
         try:
-            with Sending(function.refs) as sending:
-                packed, errors = pickling.pack(batch.items(), by_value=True)
+            message = encode(batch, self._store, holder, self.port.shares_memory)
+        except Refused as refused:
+            self._refuse(batch, refused.errors)
+            refused.errors.clear()  # the frames of their tracebacks lead back to this one
+            return True
+        except TooManyRefs:
+            return self._send_less(batch)
+        except ObjectStoreFull as error:
+            return self._wait_for_room(batch, error)
         except BaseException:  # Ctrl-C
             with self._lock:
                 if batch.number in self._dispatch.inflight:
                     self._dispatch.unsend(batch)
             raise
-        if errors:
-            self._refuse(batch, errors)
-            errors.clear()  # the frames of their tracebacks lead back to this one
-            return True
-        flags = function.flags
-        if packed.one:
-            flags |= frames.ONE_PICKLE
-        if batch.job.unsettled > batch.stop:
-            flags |= frames.KEEP_FUNCTION
-        body = packed.body
-        holder = None
-        try:
-            layout, own = self._share(batch, packed.buffers, sending) if packed.buffers else ((), ())
-            if len(sending.refs) > frames.MAX_DESCRIPTORS:
-                return self._send_less(batch)
-            refs, shared = sending.export(layout)
-            descriptors = [function.descriptor] if function.descriptor >= 0 else []
-            if own or len(body) + len(refs) > frames.INLINE_MAX_BYTES:
-                holder = (self, batch.number)
-                descriptor, body = self._store.write([body, *own], holder)
-                descriptors.append(descriptor)
-                flags |= frames.BODY_IN_SEGMENT
-        except ObjectStoreFull as error:
-            return self._wait_for_room(batch, error)
-        except (OSError, ObjectLost) as error:
-            self._refuse(batch, [(index, error) for index in range(batch.stop)])
-            return True
-        if holder is not None:
+        if message.lent:
             self._lent.add(batch.number)
-        spare = 0
-        if batch.timing.result_bytes and self.port.shares_memory:
-            found = self._store.spare(batch.timing.result_bytes * batch.stop, (self, batch.number))
-            if found is not None:
-                holder = (self, batch.number)
-                spare, descriptor = found
-                shared = [*shared, descriptor]
-                self._lent.add(batch.number)
-        header = frames.TASKS.pack(flags, batch.mode, 0, function.number, batch.number, batch.stop,
-                                   len(function.inline), len(refs), spare)
         try:
-            sent = self.port.send([header, function.inline, refs, body], descriptors + shared)
-        except (BrokenPipeError, OSError):
+            sent = self.port.send(message.parts, message.descriptors)
+        except OSError:
             sent = False  # terminated meanwhile: whoever did that reports the tasks
-        if not sent and holder is not None:
+        if message.lent and not sent:
             self._lent.discard(batch.number)
             self._store.unsent(holder)
         if not sent:
@@ -349,40 +297,6 @@ class Group:
             self._timer_armed = True
             self.port.wake()
         return sent
-
-    def _share(self, batch: Batch, buffers: list[memoryview],
-               sending: Sending) -> tuple[list[bytes | None], list[memoryview]]:
-        """Where each buffer of a batch goes: those that other tasks of the job have too become objects, stored once;
-        the others go into the batch's own segment."""
-        job = batch.job
-        layout: list[bytes | None] = [None] * len(buffers)
-        if batch.jobs is not None or (len(job.items) <= job.chunk and not job.open):
-            return [], buffers
-        if job.shared is None:
-            job.shared = {}
-        own = []
-        for index, view in enumerate(buffers):
-            ref = None
-            if view.nbytes >= SHARE_MIN_BYTES:
-                owner = view.obj
-                place = getattr(owner, "__array_interface__", None)
-                key = (place["data"][0] if place is not None else id(owner), view.nbytes)
-                known = job.shared.get(key)
-                if known is None:
-                    if len(job.shared) >= MAX_SHARED:
-                        job.shared.clear()
-                    # The owner is kept, so that no other buffer can come to lie where it lies.
-                    known = job.shared[key] = [owner, None, 0]
-                known[2] += 1
-                if known[1] is None and (known[2] > 1 or _comes_again(job, batch.first + batch.stop, owner)):
-                    known[1] = store_buffer(view)
-                ref = known[1]
-            if ref is None:
-                own.append(view)
-            else:
-                sending.add(ref)
-                layout[index] = ref.key
-        return (layout, own) if len(own) < len(buffers) else ([], buffers)
 
     def _send_less(self, batch: Batch) -> bool:
         """The tasks of a batch have more large refs than a message can carry: send fewer tasks at a time."""
@@ -413,10 +327,7 @@ class Group:
             if batch.number in self._dispatch.inflight:
                 self._dispatch.unsend(batch)
         for (job, task), (index, error) in zip(dropped, errors, strict=True):
-            if type(error) in (TypeError, pickle.PicklingError, AttributeError):
-                where = _culprit(items[index], batch.mode)
-                error = type(error)(f"{error} ({where})").with_traceback(error.__traceback__)
-            job.sink.fail(task, Failure(engine.ARGUMENT_LOST, error))
+            job.sink.fail(task, Failure(engine.ARGUMENT_LOST, explain(error, items[index], batch.mode)))
 
     # -- receiving
 
@@ -449,9 +360,9 @@ class Group:
                 timeout = store.TIDY_EVERY_S
                 self._store.tidy()
             for kind, what, descriptors in port.poll(timeout):
-                if kind == 0:
+                if kind == events.MESSAGE:
                     self._on_results(what, descriptors)
-                elif kind == 1:
+                elif kind == events.DEATH:
                     self._on_death(what)
                 else:
                     self._on_news(kind, what)
@@ -483,72 +394,44 @@ class Group:
             return self._tasks_closed
 
     def _on_results(self, message: memoryview, descriptors: list[int]) -> None:
-        (flags, _, slot, number, first, count, executed, run_ns, failure_bytes, ref_bytes,
-         released_bytes) = frames.RESULTS.unpack_from(message)
-        refs_at = frames.RESULTS.size + failure_bytes
-        released_at = refs_at + ref_bytes
-        body: Any = message[released_at + released_bytes:]
-        failures: Any = message[frames.RESULTS.size:refs_at]
-        buffers: Sequence[memoryview] = ()
-        result_bytes = 0
-        if flags & (frames.BODY_IN_SEGMENT | frames.BODY_IN_SPARE):
-            parts = (self._store.arrived(body) if flags & frames.BODY_IN_SPARE
-                     else self._store.adopt(descriptors.pop(0), body))
-            result_bytes = sum(part.nbytes for part in parts)
-            failures, body, *buffers = parts
-            del parts
-        accepted = Accepted(message[refs_at:released_at], descriptors) if ref_bytes else None
+        results = Incoming(message, descriptors, self._store)
+        number, flags = results.number, results.flags
         if number in self._lent and flags & frames.DONE:
             self._lent.discard(number)
-            self._store.pass_on((self, number), (self, "slot", slot))
-        if released_bytes:
-            self._store.released(message[released_at:released_at + released_bytes].cast("Q").tolist())
+            self._store.pass_on((self, number), (self, "slot", results.slot))
+        if results.released:
+            self._store.released(results.released)
         if flags & frames.BROKEN:
-            failure = _rebuild(pickle.loads(failures)[0])
-            cause = failure.exception
-            broken = GroupBroken(f"the initializer of the workers failed: {type(cause).__name__}: {cause}")
-            broken.__cause__ = cause
-            if failure.traceback:
-                cause.__cause__ = RemoteError(f'\n"""\n{failure.traceback}"""')
-            # Told to the sinks when that worker has ended: what it has logged is out then.
-            self._doom = broken
-            self.port.kill(at_once=False)
+            self._on_broken(results.initializer_failure())
             return
-        values: list[Any] = []
-        failed: dict[int, Failure] = {}
-        if count:
-            try:
-                loaded = pickling.unpack(body, buffers, bool(flags & frames.ONE_PICKLE))
-            except BaseException as error:  # a single value, whose unpickling is code of the user's
-                loaded = [None] * count
-                failed = {index: Failure(engine.RESULT_BROKEN, error) for index in range(count)}
-            if isinstance(loaded, list):
-                values = loaded
-            else:
-                for index in range(count):
-                    try:
-                        values.append(loaded.load(index))
-                    except BaseException as error:
-                        values.append(None)
-                        failed[index] = Failure(engine.RESULT_BROKEN, error)
-        del accepted
-        if len(failures) and not flags & frames.NEED_VALUE:
-            for entry in pickle.loads(failures):
-                failed[entry[0]] = _rebuild(entry)
+        reason = results.reason() if flags & frames.NEED_VALUE else None
+        values, failed = results.outcomes() if reason is None else ([], {})
         with self._lock:
-            batch = self._dispatch.report(number, first, count)
-            if batch is not None and count:
-                batch.timing.result_bytes = result_bytes // count
+            batch = self._dispatch.report(number, results.first, results.count)
+            if batch is not None and results.count:
+                batch.timing.result_bytes = results.result_bytes // results.count
             if flags & frames.DONE:
-                self._dispatch.done(number, run_ns, executed)
-        if flags & frames.NEED_VALUE:
-            self._send_by_value(batch, pickle.loads(failures))
+                self._dispatch.done(number, results.run_ns, results.executed)
+        if reason is not None:
+            self._send_by_value(batch)
         # The worker's next batch goes out before anyone is told: a callback may take its time.
         self._pump()
         if batch is not None:
-            _report(batch, first, values, failed)
+            tell(batch, results.first, values, failed)
 
-    def _send_by_value(self, batch: Batch | None, reason: str) -> None:
+    def _on_broken(self, failure: Failure) -> None:
+        """The initializer has failed in a worker, which ends."""
+        cause = failure.exception
+        broken = GroupBroken(f"the initializer of the workers failed: {type(cause).__name__}: {cause}")
+        broken.__cause__ = cause
+        if failure.traceback:
+            cause.__cause__ = RemoteError(f'\n"""\n{failure.traceback}"""')
+        # Told to the sinks when that worker has ended: what it has logged is out then.
+        self._doom = broken
+        self.port.kill(at_once=False)
+
+    def _send_by_value(self, batch: Batch | None) -> None:
+        """A worker does not find the function by its name."""
         function: Any = batch.function if batch is not None else None
         if function is None or function.by_value:
             return
@@ -605,19 +488,19 @@ class Group:
                 self._replace()
 
     def _on_news(self, kind: int, what: Any) -> None:
-        """News of a port whose workers are elsewhere: see the numbers in driver/remote.py."""
+        """News of a port whose workers are elsewhere."""
         doomed: list[tuple[Job, int]] = []
         with self._lock:
             self._dispatch.workers = self.port.count
-            if kind == 2:  # a batch that no worker has begun
+            if kind == events.LOST:
                 self._dispatch.lost(what)
-            elif kind == 3:  # a batch whose node is lost
+            elif kind == events.NODE_LOST:
                 doomed = self._dispatch.node_lost(what[0])
-            elif kind == 4:  # the end of a batch was taken back
+            elif kind == events.STOLEN:
                 self._dispatch.stolen(what[0], what[1], time.monotonic())
-        if kind in (2, 3):
-            self._store.lost((self, what if kind == 2 else what[0]))
-        if kind == 6:
+        if kind in (events.LOST, events.NODE_LOST):
+            self._store.lost((self, what if kind == events.LOST else what[0]))
+        if kind == events.HOPELESS:
             self._end(GroupBroken(str(what)))
         for job, task in doomed:
             text = (f"the nodes that were running task {task} were lost {NODE_LOSSES + 1} times, the last one was "
@@ -704,110 +587,3 @@ class Group:
             else:
                 for task in tasks:
                     job.sink.fail(task, failure)
-
-
-class Stream:
-    """A job that grows: push() items as they come, then seal() it. Used by one thread."""
-
-    def __init__(self, group: Group, job: Job, as_pushed: bool) -> None:
-        self._group = group
-        self._job = job
-        self._as_pushed = as_pushed
-
-    @property
-    def job(self) -> Job:
-        """The token for the group's cancel()."""
-        return self._job
-
-    def push(self, item: Any) -> int:
-        """Append one task; how many bytes of the store its item takes until the task has an outcome. Raises
-        ObjectStoreFull if they are not there."""
-        if self._as_pushed:
-            if self._job.mode in (engine.MAP_CHUNK, engine.STAR_CHUNK):
-                item = tuple(map(snapshot, item))
-                taken = sum(part.nbytes for part in item if type(part) is ObjectRef)
-            else:
-                item = snapshot(item)
-                taken = item.nbytes if type(item) is ObjectRef else 0
-        else:
-            taken = 0
-        self.extend((item,))
-        return taken
-
-    def extend(self, items: Sequence[Any]) -> None:
-        """Append one task for each item, in one step."""
-        group = self._group
-        with group._lock:
-            if group._ended is not None:
-                return
-            if items:
-                group._dispatch.extend(self._job, items)
-        group._pump()
-
-    def seal(self) -> None:
-        """No more items will come."""
-        with self._group._lock:
-            self._group._dispatch.seal(self._job)
-        self._group.port.wake()
-
-    @property
-    def backlog(self) -> int:
-        """Tasks that were pushed and have no outcome yet."""
-        return self._job.unsettled
-
-
-def _comes_again(job: Job, task: int, owner: Any) -> bool:
-    """Whether the job's task `task` has `owner`, or a tuple or list that holds it, as its item."""
-    items = job.items[task * job.chunk:(task + 1) * job.chunk]
-    return any(item is owner or (type(item) in (tuple, list) and any(part is owner for part in item))
-               for item in items)
-
-
-def _report(batch: Batch, first: int, values: list[Any], failed: dict[int, Failure]) -> None:
-    """Tell the sinks of a batch what became of its tasks."""
-    if batch.jobs is None:
-        base = batch.first + first
-        sink = batch.job.sink
-        if not failed:
-            sink.set(base, values)
-            return
-        start = 0
-        for index in sorted(failed):
-            if index > start:
-                sink.set(base + start, values[start:index])
-            sink.fail(base + index, failed[index])
-            start = index + 1
-        if start < len(values):
-            sink.set(base + start, values[start:])
-        return
-    for index, value in enumerate(values):
-        sink = batch.jobs[first + index].sink
-        if index in failed:
-            sink.fail(0, failed[index])
-        else:
-            sink.set(0, (value,))
-
-
-def _rebuild(entry: tuple[Any, ...]) -> Failure:
-    """A failure as a worker described it: see worker/main.py, describe_exception."""
-    _, kind, data, name, text, traceback, value_repr = entry
-    if data is not None:
-        try:
-            error = pickle.loads(data)
-            if isinstance(error, BaseException):
-                return Failure(kind, error, traceback, value_repr)
-        except BaseException:
-            pass
-    return Failure(kind, RemoteError(text or name, name), traceback, value_repr)
-
-
-def _culprit(item: Any, mode: int) -> str:
-    if mode == engine.CALL:
-        args, kwargs = item
-        for key, value in [*enumerate(args), *kwargs.items()]:
-            name = f"args[{key}]" if isinstance(key, int) else str(key)
-            try:
-                pickling.dumps(value)
-            except Exception:
-                return pickling.culprit(value, name)
-    return pickling.culprit(item, "item")

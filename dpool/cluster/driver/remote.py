@@ -26,17 +26,11 @@ from dpool.cluster.store import segments, store
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
 from dpool.cluster.wire import frames, messages, pickling, sessions
 from dpool.cluster.wire.death import Death
+from dpool.cluster.wire.events import CHANGED, DEATH, HOPELESS, LOST, MESSAGE, NODE_LOST, STOLEN
 from dpool.cluster.wire.keys import AGENT, DRIVER
 from dpool.cluster.wire.links import Dialer, Waker
 from dpool.engine import GroupSpec
 from dpool.errors import ClusterError
-
-# What poll() returns besides Workers' MESSAGE (0) and DEATH (1):
-LOST = 2  # no worker has begun this batch, and none will
-NODE_LOST = 3  # the node of this batch is lost: some of its tasks may have run
-STOLEN = 4  # (batch, count): its last tasks come back
-CHANGED = 5  # workers have come or gone
-HOPELESS = 6  # nothing can run any more: the reason, an exception
 
 # How long opening a group may take.
 OPEN_TIMEOUT_S = 10.0
@@ -513,7 +507,7 @@ class ClusterPort:
                 self._settle(batch)
             slot = (_SLOT.unpack_from(body, _SLOT_AT)[0] + node.first_slot) % (1 << 16)
             _SLOT.pack_into(body, _SLOT_AT, slot)
-            events.append((0, body, descriptors))
+            events.append((MESSAGE, body, descriptors))
         elif kind == sessions.CHUNK:
             size, start = sessions.CHUNK_HEADER.unpack(body)
             node.arrivals.add(size, start, received[1])
@@ -585,7 +579,7 @@ class ClusterPort:
         if message.batch:
             self._settle(message.batch)
         slot = (message.slot + node.first_slot) % (1 << 16)
-        events.append((1, Death(slot, message.pid, message.exitcode, message.batch, message.task, message.ready,
+        events.append((DEATH, Death(slot, message.pid, message.exitcode, message.batch, message.task, message.ready,
                                 message.trace, message.expected, node.host, message.stopped), []))
 
     # -- connections that break, nodes that are lost

@@ -25,11 +25,12 @@ import zmq
 from dpool.cluster.node.ledger import Ledger
 from dpool.cluster.node.output import Output
 from dpool.cluster.node.starting import Worker, Zygote, ZygoteContext, memory_bytes
-from dpool.cluster.node.workers import MESSAGE, Workers
+from dpool.cluster.node.workers import Workers
 from dpool.cluster.store import segments
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
 from dpool.cluster.wire import frames, messages, sessions
 from dpool.cluster.wire.death import Death
+from dpool.cluster.wire.events import MESSAGE
 from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, Keys
 from dpool.cluster.wire.links import Dialer, Frame, Listener, Received, Waker, address_of, local_host
 from dpool.engine import GroupSpec

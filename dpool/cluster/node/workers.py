@@ -25,6 +25,7 @@ from dpool.cluster.node.supervisor import Supervisor
 from dpool.cluster.store import segments
 from dpool.cluster.wire import frames
 from dpool.cluster.wire.death import Death
+from dpool.cluster.wire.events import DEATH, MESSAGE
 from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, TRACE_BYTES, Handle, page_bytes, trace_offset
 from dpool.cluster.worker.main import worker_main
 from dpool.cluster.worker.setup import Initializer, Setup
@@ -41,9 +42,6 @@ _SOCKET_BUFFER_BYTES = 1 << 20
 TERMINATE_GRACE_S = 1.0
 _CONTROL_BYTES = socket.CMSG_SPACE((frames.MAX_DESCRIPTORS + 2) * 4)
 
-# What poll() returns: (MESSAGE, bytes, descriptors) or (DEATH, Death, []).
-MESSAGE = 0
-DEATH = 1
 
 # Every living Workers of this process: a forked child must let go of the ends that keep workers alive.
 _all: weakref.WeakSet[Workers] = weakref.WeakSet()
