@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from compat_tests import expected, names, suites
+from compat_tests.engines import ENGINES, started
 from compat_tests.running import MARK, TEST_LIMIT_S, Outcome, Suite, SuiteRun, end_all, run
 from compat_tests.targets import TARGETS
 
@@ -46,14 +47,21 @@ def main() -> int:
     if not chosen:
         print("nothing to run")
         return 2
+    with started(options.engine):
+        return _run(chosen, missing, options)
+
+
+def _run(chosen: list[Suite], missing: list[str], options: argparse.Namespace) -> int:
     title = f"{options.target} on {platform.python_implementation()} {platform.python_version()}"
+    if options.engine != "embedded":
+        title += f", engine {options.engine}"
     print(f"{title}: {len(chosen)} suites, {options.jobs} at a time", flush=True)
 
     judged: list[Judged] = []
     threads = ThreadPoolExecutor(options.jobs)
     try:
         for done in threads.map(lambda suite: run(suite, options.target, options.limit), chosen):
-            of_suite = [_judge(done.suite, outcome, options.target) for outcome in done.outcomes]
+            of_suite = [_judge(done.suite, outcome, options) for outcome in done.outcomes]
             judged += of_suite
             _print_suite(done, of_suite, options.verbose)
     except KeyboardInterrupt:
@@ -71,6 +79,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m compat_tests", description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, default="dpool")
+    parser.add_argument("--engine", choices=ENGINES, default="embedded", help="cluster: a head and two nodes")
     parser.add_argument("--family", choices=[*suites.FAMILIES, "joblib", "all"], default="all",
                         help="joblib: joblib's own tests, the others are CPython's")
     parser.add_argument("--context", choices=[*suites.CONTEXTS, "all"], default="all", help="the start method")
@@ -122,12 +131,14 @@ def _wanted(suite: str, context: str, test: str, options: argparse.Namespace) ->
     return not options.only or any(fnmatchcase(known_as, pattern) or pattern in known_as for pattern in options.only)
 
 
-def _judge(suite: Suite, outcome: Outcome, target: str) -> Judged:
+def _judge(suite: Suite, outcome: Outcome, options: argparse.Namespace) -> Judged:
     """Compare an outcome with expected.py; the controls are expected to have no differences."""
     name = f"{suite.family}/{suite.name}"
     test = f"{name}.{outcome.test}"
     box = "white" if test in names.WHITE_BOX else "black"
-    reason = expected.reason(test, suite.context, sys.version_info[:2]) if target == "dpool" else None
+    reason = None
+    if options.target == "dpool":
+        reason = expected.reason(test, suite.context, sys.version_info[:2], options.engine)
     verdict, detail = outcome.outcome, outcome.detail
     if reason and verdict == "failed":
         verdict, detail = "differs", reason

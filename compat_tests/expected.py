@@ -17,10 +17,12 @@ class Difference:
     contexts: tuple[str, ...] = ()
     since: tuple[int, int] = (3, 11)
     until: tuple[int, int] = (4, 0)
+    engine: str = ""
 
-    def applies(self, test: str, context: str, version: tuple[int, int]) -> bool:
-        """Whether this is about `test` under this start method and Python version (until: the first one without)."""
-        here = not self.contexts or context in self.contexts
+    def applies(self, test: str, context: str, version: tuple[int, int], engine: str) -> bool:
+        """Whether this is about `test` under this start method, Python version (until: the first one without) and
+        engine."""
+        here = (not self.contexts or context in self.contexts) and self.engine in ("", engine)
         return here and self.since <= version < self.until and fnmatchcase(test, self.test)
 
 
@@ -34,7 +36,16 @@ _FINISHED = (
     "gives up the calls that wait; dpool replaces that worker and finishes them"
 )
 
+_ONE_MACHINE = "a Queue of multiprocessing is an argument of the initializer; it exists on one machine only"
+
 DIFFERENCES: tuple[Difference, ...] = (
+    Difference("executor/FailingInitializerTest.test_initializer", _ONE_MACHINE, engine="cluster"),
+    Difference("executor/FailingInitializerResourcesTest.*", _ONE_MACHINE, engine="cluster"),
+    Difference(
+        "pool/TestPoolNotLeakOnFailure.test_release_unused_processes",
+        "white-box: makes the start of a process of this program fail; the workers are started by the nodes",
+        engine="cluster",
+    ),
     Difference("executor/ProcessPoolExecutorTest.test_saturation", _FOUND_AT_ONCE, ("spawn", "forkserver")),
     Difference("executor/ProcessPoolShutdownTest.test_processes_terminate", _FOUND_AT_ONCE, ("spawn", "forkserver")),
     Difference(
@@ -58,6 +69,6 @@ DIFFERENCES: tuple[Difference, ...] = (
 )
 
 
-def reason(test: str, context: str, version: tuple[int, int]) -> str | None:
+def reason(test: str, context: str, version: tuple[int, int], engine: str = "embedded") -> str | None:
     """Why `test` is meant to fail, or None if it is meant to pass."""
-    return next((d.reason for d in DIFFERENCES if d.applies(test, context, version)), None)
+    return next((d.reason for d in DIFFERENCES if d.applies(test, context, version, engine)), None)

@@ -64,6 +64,5 @@ class ClusterEngine:
         groups = list(self._groups)
         for group in groups:
             group.terminate()
-        for group in groups:
-            group.join(max(end - time.monotonic(), 0.0))
-        self._client.close()
+        ended = [group.join(max(end - time.monotonic(), 0.0)) for group in groups]
+        self._client.close(all(ended))

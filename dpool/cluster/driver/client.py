@@ -29,6 +29,13 @@ STATE_EVERY_S = 1.0
 SILENT_AFTER_S = 10.0
 
 
+# How long leaving the cluster may take.
+CLOSE_TIMEOUT_S = 5.0
+
+# Contexts that may have open sockets of other threads: collecting one would wait for those to be closed.
+_unended: list[zmq.Context[zmq.Socket[bytes]]] = []
+
+
 class Standing:
     """A group as the head is told of it. Its port changes it through Client.update()."""
 
@@ -136,14 +143,18 @@ class Client:
         """End it."""
         self._do(lambda: self._drop_pulse(session))
 
-    def close(self) -> None:
-        """Leave the cluster; returns when that is done."""
+    def close(self, ports_are_closed: bool = True) -> None:
+        """Leave the cluster; returns when that is done, after a few seconds at most."""
         def do() -> None:
             self._stopping = True
 
         self._do(do)
         if self._pid == os.getpid() and self._thread is not threading.current_thread():
-            self._thread.join(5)
+            self._thread.join(CLOSE_TIMEOUT_S)
+            if ports_are_closed and not self._thread.is_alive():
+                self.context.term()
+                return
+        _unended.append(self.context)
 
     def _do(self, what: Callable[[], None]) -> None:
         if self._pid == os.getpid():

@@ -34,6 +34,8 @@ from dpool.errors import ClusterError
 
 # How long opening a group may take.
 OPEN_TIMEOUT_S = 10.0
+# How long the submit() that has the first worker started may wait for it.
+FIRST_WORKER_WITHIN_S = 5.0
 # How long a session may be without a connection before its node is taken for lost. A node that refuses a connection
 # has ended; one that cannot be reached may be back.
 RESUME_WITHIN_S = 5.0
@@ -157,6 +159,7 @@ class ClusterPort:
         self._waker = Waker()
         self._stirred: dict[Node, None] = {}
         self._owner = 0
+        self._any = threading.Event()  # there is a worker, or was, or none will come
         self._avoid: dict[bytes, float] = {}
         self._numbers = itertools.count(0)
         self._first_number = 0
@@ -173,7 +176,12 @@ class ClusterPort:
         them raises."""
         if spec.initializer is None:
             return -1
-        data = pickling.dumps((spec.initializer, spec.initargs), by_value=True)
+        try:
+            data = pickling.dumps((spec.initializer, spec.initargs), by_value=True)
+        except RuntimeError as error:
+            error.add_note("The workers of a cluster are on other machines: locks, queues and shared memory of "
+                           "multiprocessing cannot be shared with them. Those of a multiprocessing.Manager() can be.")
+            raise
         return segments.write([data])[0]
 
     # -- opening
@@ -198,6 +206,7 @@ class ClusterPort:
             self.kill()
             self.close()
             raise
+        self._owner = 0  # from now on another thread polls
 
     def _on_placed(self, placed: messages.Placed) -> None:
         self._inbox.append(("placed", placed))
@@ -299,6 +308,9 @@ class ClusterPort:
                     node.demanded = share
                     node.outbox.append((messages.Demand(share),))
         self._flush_or_wake()
+        if not self._any.is_set() and threading.get_ident() != self._owner:
+            # As where a submit() starts the first worker itself: when it returns, there is one.
+            self._any.wait(FIRST_WORKER_WITHIN_S)
 
     def send(self, parts: list[bytes], descriptors: list[int]) -> bool:
         """Deal one batch to the node that has the most room for it; False if there is none now."""
@@ -412,6 +424,7 @@ class ClusterPort:
 
     def kill(self, at_once: bool = True) -> None:
         self._killed = True
+        self._any.set()
         for node in self._nodes.values():
             self._leave(node, messages.Kill(at_once))
         self._waker.wake()
@@ -569,6 +582,8 @@ class ClusterPort:
             node.living[slot.slot] = process
             self.processes.append(process)
         self._empty_since = None
+        if slots:
+            self._any.set()
 
     def _on_died(self, node: Node, message: messages.Died, events: list[tuple[int, Any, list[int]]]) -> None:
         process = node.living.pop(message.slot, None)
@@ -637,6 +652,7 @@ class ClusterPort:
         if node.lost or node.key not in self._nodes:
             return
         node.lost = why
+        self._any.set()
         with self._lock:
             del self._nodes[node.key]
             batches = list(node.inflight)

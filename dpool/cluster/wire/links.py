@@ -166,9 +166,10 @@ class Listener:
                 ended.append(peer)
 
     def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
-        """Send to a connection; False if it has ended."""
+        """Send a copy of the frames to a connection; False if it has ended. Without the copy, which costs little beside
+        the encryption, pyzmq would keep a thread and sockets of its own to learn when they are free."""
         try:
-            self._socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=len(frames) == 1)
+            self._socket.send_multipart([peer, *frames], zmq.NOBLOCK)
         except zmq.ZMQError:
             return False
         return True
@@ -237,7 +238,7 @@ class Dialer:
     def send(self, frames: Sequence[Frame]) -> bool:
         """Send; False if there is no connection (with `again`), or it has ended."""
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) == 1)
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.ZMQError:
             return False
         return True
