@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,83 @@ def double(value: Any) -> Any:
 
 def add(*values: int) -> int:
     return sum(values)
+
+
+def multiply(first: int, second: int) -> int:
+    return first * second
+
+
+class Doubler:
+    """A callable, and the kinds of methods."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __call__(self, value: int) -> int:
+        return value * self.factor
+
+    def times(self, value: int) -> int:
+        return value * self.factor
+
+    @staticmethod
+    def static_double(value: int) -> int:
+        return value * 2
+
+    @classmethod
+    def class_double(cls, value: int) -> int:
+        return value * 2
+
+
+def outer(factor: int) -> Callable[[int], int]:
+    def inner(value: int) -> int:
+        return value * factor
+
+    return inner
+
+
+def raise_if_odd(value: int) -> int:
+    if value % 2:
+        raise ValueError(f"{value} is odd")
+    return value
+
+
+def note_and_raise_if_odd(item: tuple[str, int]) -> int:
+    append(item[0], ".")
+    return raise_if_odd(item[1])
+
+
+def name_of_process(_: object = None) -> str:
+    from multiprocessing import current_process
+
+    return current_process().name
+
+
+_kept: tuple[Any, ...] = ()
+
+
+def keep(*values: Any) -> None:
+    """An initializer: keep what it is given."""
+    global _kept
+    _kept = values
+
+
+def count_up(number: int) -> None:
+    value, lock, queue = _kept
+    with lock:
+        value.value += 1
+    queue.put(number)
+
+
+def put(queue: Any, value: object) -> None:
+    queue.put(value)
+
+
+def send_hello(end: socket.socket) -> None:
+    end.send(b"hello")
+
+
+def make_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
 
 def identity(value: Any) -> Any:
@@ -91,6 +169,51 @@ def tell_and_wait(fifo: str, answer: str) -> str:
     tell(fifo)
     with open(answer) as file:
         return file.readline()
+
+
+class Gate:
+    """Holds tasks up until the test opens it: `args` are those of pass_gate. Used by the test alone."""
+
+    def __init__(self, directory: os.PathLike[str]) -> None:
+        paths = [os.path.join(directory, name) for name in ("gate-told", "gate-answer")]
+        for path in paths:
+            os.mkfifo(path)
+        self.args = (paths[0], paths[1])
+        self._ends = [os.open(path, os.O_RDWR) for path in paths]
+        self._opened = False
+
+    def open(self, count: int = 1) -> None:
+        """Let so many tasks go on."""
+        self._opened = True
+        os.write(self._ends[1], b"." * count)
+
+    def __enter__(self) -> Gate:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._opened:
+            self.open()
+        for end in self._ends:
+            os.close(end)
+
+
+def pass_gate(told: str, answer: str) -> str:
+    tell(told)
+    with open(answer, "rb", buffering=0) as file:
+        assert file.read(1) == b"."  # and no more: others wait for theirs
+    return "open"
+
+
+def pass_gate_star(args: tuple[str, str]) -> str:
+    return pass_gate(*args)
+
+
+def short_or_wait(args: tuple[str, str] | None) -> str:
+    return "short" if args is None else pass_gate(*args)
+
+
+def wait_for_ever(_: object = None) -> None:
+    threading.Event().wait()
 
 
 def tell_and_wait_for_ever(fifo: str) -> None:

@@ -68,12 +68,15 @@ class Pool(_stdlib.Pool):
     `dpool.errors.GroupBroken`; terminate() fails what was pending with `dpool.errors.GroupTerminated`.
     """
 
+    # For __del__, should __init__ raise, or not even be entered.
+    _state = INIT
+
     def __init__(self, processes: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: Iterable[Any] = (), maxtasksperchild: int | None = None, context: Any = None) -> None:
-        # Set first, for __del__, should what follows raise.
         self._pool: list[Any] = []
-        self._state = INIT
         self._ctx = context or get_context()
+        if not hasattr(self._ctx, "Process"):
+            raise TypeError(f"context must be one that multiprocessing.get_context() returns, not {context!r}")
         all_cpus = processes is None
         if processes is None:
             processes = _cpu_count()
