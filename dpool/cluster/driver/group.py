@@ -302,7 +302,7 @@ class Group:
         """The tasks of a batch have more large refs than a message can carry: send fewer tasks at a time."""
         if batch.stop == 1:
             self._refuse(batch, [(0, ValueError(f"a task may have at most {frames.MAX_DESCRIPTORS} large refs in its "
-                                                "arguments: put() a list of them and pass that"))])
+                                                "arguments: put() the values together and pass one ref"))])
             return True
         with self._lock:
             self._dispatch.max_batch = max(batch.stop // 2, 1)

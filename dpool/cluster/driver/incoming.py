@@ -5,9 +5,11 @@ Receives nothing and takes no lock of the group's. Called by driver/group.py, in
 
 from __future__ import annotations
 
+import os
 import pickle
 
 from dpool import engine
+from dpool.cluster.store import segments
 from dpool.cluster.store.refs import Accepted
 from dpool.cluster.wire import frames, pickling
 from dpool.engine import Failure
@@ -26,7 +28,7 @@ class Incoming:
     """A RESULTS message: the header's fields, and the rest as it lies in the message or in a segment."""
 
     __slots__ = ("flags", "slot", "number", "first", "count", "executed", "run_ns", "released", "result_bytes",
-                 "_failures", "_body", "_buffers", "_accepted")
+                 "_failures", "_body", "_buffers", "_accepted", "_lost")
 
     def __init__(self, message: memoryview, descriptors: list[int], store: Store) -> None:
         """Takes the descriptors over. What refers to `message` is used before the next one is received."""
@@ -38,12 +40,22 @@ class Incoming:
         self._body: Any = message[released_at + released_bytes:]
         self._buffers: Sequence[memoryview] = ()
         self.result_bytes = 0  # of what did not fit into the message
-        if self.flags & (frames.BODY_IN_SEGMENT | frames.BODY_IN_SPARE):
-            parts = (store.arrived(self._body) if self.flags & frames.BODY_IN_SPARE
-                     else store.adopt(descriptors.pop(0), self._body))
-            self.result_bytes = sum(part.nbytes for part in parts)
-            self._failures, self._body, *self._buffers = parts
-        self._accepted = Accepted(message[refs_at:released_at], descriptors) if ref_bytes else None
+        self._accepted: Accepted | None = None
+        self._lost: Exception | None = None  # why nothing of it can be had: no memory, or no descriptors
+        try:
+            if self.flags & (frames.BODY_IN_SEGMENT | frames.BODY_IN_SPARE):
+                if not descriptors and not self.flags & frames.BODY_IN_SPARE:
+                    raise segments.too_many_open()
+                parts = (store.arrived(self._body) if self.flags & frames.BODY_IN_SPARE
+                         else store.adopt(descriptors.pop(0), self._body))
+                self.result_bytes = segments.needed(parts)
+                self._failures, self._body, *self._buffers = parts
+            if ref_bytes:
+                self._accepted = Accepted(message[refs_at:released_at], descriptors)
+        except Exception as error:
+            self._lost = error
+            for descriptor in descriptors:
+                os.close(descriptor)
         # Numbers of segments of this process's store that nobody in the worker looks at any more.
         self.released: list[int] = (
             message[released_at:released_at + released_bytes].cast("Q").tolist() if released_bytes else [])
@@ -51,6 +63,9 @@ class Incoming:
     def outcomes(self) -> tuple[list[Any], dict[int, Failure]]:
         """The values of the tasks that the message tells of, and the failures of some of them by their index. Runs code
         of the user's, and raises none of what that raises."""
+        if self._lost is not None:
+            lost = Failure(engine.RESULT_BROKEN, self._lost)
+            return [None] * self.count, dict.fromkeys(range(self.count), lost)
         failed: dict[int, Failure] = {}
         values: list[Any] = []
         if self.count:

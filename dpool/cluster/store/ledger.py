@@ -22,7 +22,7 @@ MIN_SEGMENT_BYTES = 64 * 1024
 # What a segment is doing.
 WRITING = "writing"  # reserved by this process, nobody else knows it
 LENT = "lent"  # its descriptor was sent with a batch; `holder` is the batch, later the worker, that may see it
-VIEWED = "viewed"  # this process looks at it: a result that arrived
+VIEWED = "viewed"  # a value's copy: of a result that arrived here, or of an argument that `holder`, a worker, kept
 OBJECT = "object"  # it holds a stored object
 WARM = "warm"  # nobody can see it; its pages are kept
 
@@ -76,7 +76,11 @@ class Plan:
 
 
 class Ledger:
-    """The books of one process: at most `limit` bytes of segments, of which `warm_limit` may be idle."""
+    """The books of one process: at most `limit` bytes of segments, of which `warm_limit` may be idle.
+
+    Viewed ones do not count: they are what the program itself has made of results and arguments, and no store could
+    take them away from it.
+    """
 
     def __init__(self, limit: int, warm_limit: int) -> None:
         self.limit = limit
@@ -85,6 +89,7 @@ class Ledger:
         self.entries: dict[bytes, Entry] = {}
         self.total = 0  # bytes of all segments
         self.warm = 0  # bytes of those that are warm
+        self.viewed = 0  # bytes of those that are viewed
         self._number = 0
 
     # -- room
@@ -93,11 +98,12 @@ class Ledger:
         """Room for `nbytes`. The segment counts as taken from here on. Raises ObjectStoreFull with the sizes if not
         even trimming and spilling makes room; the books are as before then."""
         size = size_class(nbytes)
-        best = self._take_warm(size)
+        best = self._take_warm(nbytes)
         if best is not None:
-            best.state, best.since = WRITING, now
+            self._become(best, WRITING)
+            best.since = now
             return Plan(best.number, True, best.size, [], [])
-        excess = self.total + size - self.limit
+        excess = self.total - self.viewed + size - self.limit
         trim: list[int] = []
         spill: list[bytes] = []
         if excess > 0:
@@ -116,35 +122,30 @@ class Ledger:
                 excess -= self.segments[entry.segment].size
         if excess > 0:
             raise ObjectStoreFull(
-                f"no room for {nbytes:,} bytes: the store holds {self.total:,} of at most {self.limit:,} bytes, and "
-                f"{self.total - self.warm:,} of them are in use; raise object_memory or drop objects",
-                nbytes, self.total, self.limit)
+                f"no room for {nbytes:,} bytes: the store holds {self.total - self.viewed:,} of at most "
+                f"{self.limit:,} bytes, and {self.total - self.viewed - self.warm:,} of them are in use; raise "
+                "object_memory or drop objects", nbytes, self.total - self.viewed, self.limit)
         self._number += 1
         for number in trim:
             self._remove(number)
         self._add(Segment(self._number, size, WRITING, now))
         return Plan(self._number, False, size, trim, spill)
 
-    def adopt(self, size: int, now: float) -> tuple[int, list[int]]:
-        """A segment that another process made and this one looks at: its number, and warm ones to give back for it."""
+    def adopt(self, size: int, now: float) -> int:
+        """The number of a segment that another process made and this one looks at."""
         self._number += 1
         self._add(Segment(self._number, size, VIEWED, now))
-        trim = []
-        for segment in sorted((s for s in self.segments.values() if s.state == WARM), key=lambda s: s.since):
-            if self.total <= self.limit:
-                break
-            trim.append(segment.number)
-            self._remove(segment.number)
-        return self._number, trim
+        return self._number
 
     def retire(self, number: int, now: float) -> bool:
         """Nobody can see the segment any more. True: keep it warm; False: it is off the books, give it back."""
         segment = self.segments[number]
-        if self.warm + segment.size > self.warm_limit or self.total > self.limit:
+        self._become(segment, WRITING)
+        if self.warm + segment.size > self.warm_limit or self.total - self.viewed > self.limit:
             self._remove(number)
             return False
-        segment.state, segment.holder, segment.since = WARM, None, now
-        self.warm += segment.size
+        self._become(segment, WARM)
+        segment.since = now
         return True
 
     def discard(self, number: int) -> None:
@@ -164,31 +165,31 @@ class Ledger:
         """The segment's descriptor goes to whoever `holder` stands for."""
         segment = self.segments[number]
         assert segment.state == WRITING
-        segment.state, segment.holder = LENT, holder
+        self._become(segment, LENT, holder)
 
     def spare(self, nbytes: int, holder: Hashable) -> int | None:
         """A warm segment for `nbytes` that `holder` may write results into, if there is one."""
-        best = self._take_warm(size_class(nbytes))
+        best = self._take_warm(nbytes)
         if best is None:
             return None
-        best.state, best.holder = LENT, holder
+        self._become(best, LENT, holder)
         return best.number
 
     def arrived(self, number: int) -> None:
         """A spare came back with results in it, which this process looks at."""
         segment = self.segments[number]
         assert segment.state == LENT
-        segment.state, segment.holder = VIEWED, None
+        self._become(segment, VIEWED)
 
     def pass_on(self, holder: Hashable, new_holder: Hashable) -> None:
         """What `holder` had is with `new_holder` now: the batch has ended, its worker may still look."""
         for segment in self.segments.values():
             if segment.state == LENT and segment.holder == holder:
-                segment.holder = new_holder
+                self._become(segment, VIEWED, new_holder)
 
     def lent_to(self, holder: Hashable) -> list[int]:
         """The segments that `holder` has."""
-        return [s.number for s in self.segments.values() if s.state == LENT and s.holder == holder]
+        return [s.number for s in self.segments.values() if s.state in (LENT, VIEWED) and s.holder == holder]
 
     # -- objects
 
@@ -196,7 +197,7 @@ class Ledger:
         """The segment holds object `key` now."""
         segment = self.segments[number]
         assert segment.state == WRITING and key not in self.entries
-        segment.state = OBJECT
+        self._become(segment, OBJECT)
         self.entries[key] = Entry(key, nbytes, number, now)
 
     def view(self, key: bytes, change: int, now: float) -> None:
@@ -211,6 +212,11 @@ class Ledger:
         entry = self.entries[key]
         entry.shared = True
         entry.used = now
+
+    def forked(self) -> None:
+        """A child of this process can see, or find, every object there is."""
+        for entry in self.entries.values():
+            entry.shared = True
 
     def free(self, key: bytes, now: float) -> tuple[int | None, bool]:
         """The object has no handle left: its segment, None if it is on disk, and whether that may be kept warm. It may
@@ -235,38 +241,50 @@ class Ledger:
         """The object is in a segment again."""
         segment = self.segments[number]
         assert segment.state == WRITING
-        segment.state = OBJECT
+        self._become(segment, OBJECT)
         entry = self.entries[key]
         entry.segment, entry.used, entry.shared, entry.views = number, now, False, 0
 
     # -- the pieces
 
-    def _take_warm(self, size: int) -> Segment | None:
-        """The smallest warm segment that serves for `size`; it is not warm any more."""
+    def _take_warm(self, nbytes: int) -> Segment | None:
+        """The smallest warm segment that serves for `nbytes`; those that a worker made may be of any size."""
         best: Segment | None = None
+        most = size_class(nbytes) * MAX_WASTE
         for segment in self.segments.values():
-            if segment.state == WARM and size <= segment.size <= size * MAX_WASTE:
+            if segment.state == WARM and nbytes <= segment.size <= most:
                 if best is None or segment.size < best.size:
                     best = segment
-        if best is not None:
-            self.warm -= best.size
         return best
 
     def _add(self, segment: Segment) -> None:
         self.segments[segment.number] = segment
         self.total += segment.size
+        if segment.state == VIEWED:
+            self.viewed += segment.size
 
     def _remove(self, number: int) -> None:
-        segment = self.segments.pop(number)
+        segment = self.segments[number]
+        self._become(segment, WRITING)
+        del self.segments[number]
         self.total -= segment.size
+
+    def _become(self, segment: Segment, state: str, holder: Hashable = None) -> None:
         if segment.state == WARM:
             self.warm -= segment.size
+        elif segment.state == VIEWED:
+            self.viewed -= segment.size
+        if state == WARM:
+            self.warm += segment.size
+        elif state == VIEWED:
+            self.viewed += segment.size
+        segment.state, segment.holder = state, holder
 
     def validate(self) -> None:
         """Raise AssertionError unless the books agree. For tests."""
         assert self.total == sum(s.size for s in self.segments.values())
         assert self.warm == sum(s.size for s in self.segments.values() if s.state == WARM)
-        assert self.warm <= self.warm_limit
+        assert self.viewed == sum(s.size for s in self.segments.values() if s.state == VIEWED)
         owned = [e.segment for e in self.entries.values() if e.segment is not None]
         assert len(set(owned)) == len(owned), "two objects in one segment"
         assert {s.number for s in self.segments.values() if s.state == OBJECT} == set(owned)

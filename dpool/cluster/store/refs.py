@@ -268,4 +268,5 @@ def resolve(value: Any) -> Any:
     return value.value() if type(value) is ObjectRef else value
 
 
-__all__ = ["Accepted", "ObjectRef", "Sending", "new_key", "resolve", "snapshot", "store_buffer", "store_value"]
+__all__ = ["Accepted", "ObjectRef", "Sending", "new_key", "resolve", "snapshot", "store_buffer",
+           "store_value"]

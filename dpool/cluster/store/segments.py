@@ -7,6 +7,7 @@ socket.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -23,6 +24,14 @@ ALIGN = 64
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PART = struct.Struct("<QQ")
 HEAD = struct.Struct("<Q")
+# With so many mappings alive, further segments are copied instead of mapped: Python keeps a descriptor for each, and a
+# process may have 1,024 unless told otherwise. Larger: fewer copies. Smaller: more descriptors for everything else.
+MAX_MAPPED = 256
+# Added to the number of a segment of which a forked child may still have the mapping: it must not be used again.
+SEEN = 1 << 63
+
+_mapped: set[int] = set()
+_forks = 0
 
 
 class Segment:
@@ -37,7 +46,10 @@ class Segment:
         self.size = size
         self._map: mmap.mmap | None = None
         if descriptor < 0:
-            descriptor = os.memfd_create("dpool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                descriptor = os.memfd_create("dpool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            except OSError as error:
+                raise (too_many_open() if error.errno == errno.EMFILE else error) from None
             try:
                 os.ftruncate(descriptor, size)
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
@@ -70,10 +82,16 @@ class Segment:
         return b"".join(table)
 
     def close(self, scrap: bool = False) -> None:
-        """Give the descriptor back; `scrap`: and the pages at once, for nobody can see them."""
-        if self._map is not None:
-            if scrap:
+        """Give the descriptor back; `scrap`: and the pages at once, for nobody looks at them. A worker that may have
+        written there still has them mapped."""
+        if scrap:
+            try:
+                if self._map is None:
+                    self._map = mmap.mmap(self.descriptor, self.size)
                 self._map.madvise(mmap.MADV_REMOVE)
+            except OSError:
+                pass  # no descriptors, or no memory, for that: they go with the last mapping
+        if self._map is not None:
             self._map.close()
             self._map = None
         if self.descriptor >= 0:
@@ -83,7 +101,6 @@ class Segment:
 
 def too_many_open() -> OSError:
     """That this process may open no more files, and what its limit is."""
-    import errno
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -117,15 +134,57 @@ def read(descriptor: int, table: bytes | memoryview, ended: Callable[[int], obje
     """The parts of a segment, mapped copy-on-write: no copy is made, and what the reader writes is its own.
 
     The caller still owns the descriptor and may close it at once. The mapping ends with the last view of it; then
-    `ended` is called with the segment's number, in whichever thread that happens, if the number is not 0.
+    `ended` is called with the segment's number, in whichever thread that happens, if the number is not 0; with SEEN
+    added if this process was forked meanwhile.
     """
-    size = os.fstat(descriptor).st_size
-    mapping = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
     (number,) = HEAD.unpack_from(table)
-    if ended is not None and number:
-        weakref.finalize(mapping, ended, number).atexit = False
-    view = memoryview(mapping)
+    parts = list(_PART.iter_unpack(table[HEAD.size:]))
+    if len(_mapped) >= MAX_MAPPED:
+        view = _copy(descriptor, max((offset + length for offset, length in parts), default=0))
+        if ended is not None and number:
+            ended(number)
+    else:
+        mapping = mmap.mmap(descriptor, os.fstat(descriptor).st_size, access=mmap.ACCESS_COPY)
+        _mapped.add(id(mapping))
+        weakref.finalize(mapping, _unmapped, id(mapping), _forks, ended, number).atexit = False
+        view = memoryview(mapping)
+    return [view[offset:offset + length] for offset, length in parts]
+
+
+def parts_of(view: memoryview, table: bytes | memoryview) -> list[memoryview]:
+    """The parts of a segment that lies in memory as `view`."""
     return [view[offset:offset + length] for offset, length in _PART.iter_unpack(table[HEAD.size:])]
+
+
+def _unmapped(mapping: int, forks: int, ended: Callable[[int], object] | None, number: int) -> None:
+    _mapped.discard(mapping)
+    if ended is not None and number:
+        ended(number if forks == _forks else number | SEEN)
+
+
+def _copy(descriptor: int, nbytes: int) -> memoryview:
+    view = private(nbytes)
+    done = 0
+    while done < nbytes:
+        count = os.preadv(descriptor, [view[done:]], done)
+        if not count:
+            raise ValueError(f"a segment is {done:,} bytes long instead of {nbytes:,}")
+        done += count
+    return view
+
+
+def private(nbytes: int) -> memoryview:
+    """Memory of this process alone, aligned like a segment."""
+    return memoryview(mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:nbytes]
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+# Before: what is mapped now, the child will see. After: and what was mapped between the two.
+os.register_at_fork(before=_count_fork, after_in_parent=_count_fork)
 
 
 def places(table: bytes | memoryview) -> list[tuple[int, int]]:

@@ -57,15 +57,14 @@ class Spill:
 
     def read(self) -> memoryview:
         """All of it. Raises ObjectLost if it is not what was written."""
-        data = bytearray(self.nbytes)
-        view = memoryview(data)
+        view = segments.private(self.nbytes)
         done = 0
         while done < self.nbytes:
             count = os.preadv(self.descriptor, [view[done:]], done)
             if not count:
                 raise ObjectLost(f"a spilled object is {done:,} bytes long instead of {self.nbytes:,}")
             done += count
-        if zlib.crc32(data) != self.checksum:
+        if zlib.crc32(view) != self.checksum:
             raise ObjectLost("a spilled object is not what was written: its checksum differs")
         return view
 
@@ -168,8 +167,7 @@ class Store:
             return segment.descriptor, segments.head(number) + segment.write(parts, warm)
         except BaseException:
             with self._lock:
-                self.ledger.discard(number)
-                self._segments.pop(number).close()
+                self._forsake(number)
             raise
 
     def pass_on(self, holder: Hashable, new_holder: Hashable) -> None:
@@ -181,8 +179,7 @@ class Store:
         """Nobody looks at these segments any more: they may be used again."""
         with self._lock:
             for number in numbers:
-                if number in self._segments:
-                    self._retire(number)
+                self._seen_no_more(number)
             self._work_off()
 
     def unsent(self, holder: Hashable) -> None:
@@ -195,8 +192,7 @@ class Store:
         """Nobody knows who looks at what `holder` had: give it back; the kernel keeps it for those who do."""
         with self._lock:
             for number in self.ledger.lent_to(holder):
-                self.ledger.discard(number)
-                self._segments.pop(number).close()
+                self._forsake(number)
 
     def adopt(self, descriptor: int, table: bytes | memoryview) -> list[memoryview]:
         """Map a segment that another process made for this one, and take its descriptor over: once the last view has
@@ -204,10 +200,9 @@ class Store:
         size = os.fstat(descriptor).st_size
         with self._lock:
             self._work_off()
-            number, trim = self.ledger.adopt(size, time.monotonic())
+            number = self.ledger.adopt(size, time.monotonic())
             self._segments[number] = Segment(size, descriptor)
-            self._give_back(trim)
-        return segments.read(descriptor, segments.head(number) + bytes(table[8:]), self._note_end)
+        return self._look_at(number, descriptor, segments.head(number) + bytes(table[8:]))
 
     def spare(self, nbytes: int, holder: Hashable) -> tuple[int, int] | None:
         """A warm segment for `holder` to write results of `nbytes` into, if there is one: its number, and its
@@ -223,10 +218,29 @@ class Store:
         with self._lock:
             self.ledger.arrived(number)
             descriptor = self._segments[number].descriptor
-        return segments.read(descriptor, table, self._note_end)
+        return self._look_at(number, descriptor, table)
+
+    def _look_at(self, number: int, descriptor: int, table: bytes | memoryview) -> list[memoryview]:
+        try:
+            return segments.read(descriptor, table, self._note_end)
+        except BaseException:
+            self._note_end(number)
+            raise
 
     def _note_end(self, number: int) -> None:
-        self._note(lambda: self._retire(number) if number in self._segments else None)
+        self._note(lambda: self._seen_no_more(number))
+
+    def _seen_no_more(self, number: int) -> None:
+        if number & segments.SEEN:  # but by a forked child, perhaps
+            self._forsake(number & ~segments.SEEN)
+        elif number in self._segments:
+            self._retire(number)
+
+    def _forsake(self, number: int) -> None:
+        """Give a segment back at which somebody may look: the kernel keeps it for them."""
+        if number in self._segments:
+            self.ledger.discard(number)
+            self._segments.pop(number).close()
 
     # -- objects
 
@@ -242,8 +256,7 @@ class Store:
             try:
                 table = segments.head(0) + segment.write(parts, warm)
             except BaseException:
-                self.ledger.discard(number)
-                self._segments.pop(number).close()
+                self._forsake(number)
                 raise
             self.ledger.put(key, number, nbytes, time.monotonic())
             stored = self.objects[key] = Stored(key, nbytes, table, segment, number, inner, True)
@@ -277,16 +290,30 @@ class Store:
         """Map an object copy-on-write, from disk if need be: the parts that were put."""
         with self._lock:
             self._work_off()
-            segment = self._present(stored)
+            try:
+                segment = self._present(stored)
+            except ObjectStoreFull:
+                if stored.spill is None:
+                    raise
+                # The value is the program's own memory then, as a copy of it would be.
+                return segments.parts_of(stored.spill.read(), stored.table)
             if not stored.owned:
                 return segments.read(segment.descriptor, stored.table)
-            self.ledger.view(stored.key, 1, time.monotonic())
             key = stored.key
             table = segments.head(1) + stored.table[8:]
-            return segments.read(segment.descriptor, table, lambda _: self._note_view(key))
+            self.ledger.view(key, 1, time.monotonic())
+            try:
+                return segments.read(segment.descriptor, table, lambda number: self._note_view(key, number))
+            except BaseException:
+                self.ledger.view(key, -1, time.monotonic())
+                raise
 
-    def _note_view(self, key: bytes) -> None:
+    def _note_view(self, key: bytes, number: int) -> None:
         self._note(lambda: self.ledger.view(key, -1, time.monotonic()))
+
+    def note_fork(self) -> None:
+        """A child may look at every object from now on."""
+        self._note(self.ledger.forked)
 
     def share(self, stored: Stored) -> int:
         """A descriptor of the object to send to another process, for the caller to close: the store may spill it
@@ -326,10 +353,13 @@ class Store:
             stored.segment = _reopen(stored)
         if stored.segment is None:
             assert stored.spill is not None
-            data = stored.spill.read()
             number, segment, warm = self._room(stored.nbytes)
-            # As it lay: the table holds for the same offsets.
-            segment.write([data], warm)
+            try:
+                # As it lay: the table holds for the same offsets.
+                segment.write([stored.spill.read()], warm)
+            except BaseException:
+                self._forsake(number)
+                raise
             if stored.owned:
                 self.ledger.restored(stored.key, number, time.monotonic())
             else:  # spilled by the process this one was forked from
@@ -354,11 +384,20 @@ class Store:
         self._give_back(plan.trim)
         if not plan.reuse:
             try:
-                self._segments[plan.number] = Segment(plan.size)
+                self._segments[plan.number] = self._make(plan.size)
             except BaseException:
                 self.ledger.discard(plan.number)
                 raise
         return plan.number, self._segments[plan.number], plan.reuse
+
+    def _make(self, size: int) -> Segment:
+        try:
+            return Segment(size)
+        except OSError:  # too many descriptors, or no memory: what is kept warm has some of both
+            if not self.ledger.warm:
+                raise
+            self._give_back(self.ledger.cool(float("inf")))
+            return Segment(size)
 
     def _undo(self, plan: Any) -> None:
         self._give_back(plan.trim)
@@ -480,6 +519,11 @@ def _reopen(stored: Stored) -> Segment:
                      "pass refs to tasks as arguments")
 
 
+def _forking() -> None:
+    if _store is not None:
+        _store.note_fork()
+
+
 def _forget() -> None:
     """In a forked child: segments are the parent's. Objects stay readable by the refs that the child inherited, but
     hold no descriptor here: a pool's workers must not keep what their parent drops."""
@@ -502,4 +546,5 @@ def _forget() -> None:
         segment.close()
 
 
-os.register_at_fork(after_in_child=_forget)
+# Twice in the parent: for what is there before the fork, and for what came between.
+os.register_at_fork(before=_forking, after_in_parent=_forking, after_in_child=_forget)

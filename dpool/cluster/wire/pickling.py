@@ -31,7 +31,7 @@ _ATOMS = frozenset((int, float, complex, bool, str, type(None)))
 
 # Tuples and lists up to this length are searched for large bytes; nested ones as deep as they go.
 MAX_LIFTED = 16
-_LIFTED = frozenset((bytes, bytearray, tuple, list))
+_LIFTED = frozenset((bytes, bytearray, memoryview, tuple, list))
 
 _CONNECTION = b"multiprocessing.connection"
 
@@ -76,8 +76,26 @@ class _Bytes:
         return make, (pickle.PickleBuffer(self.data),)
 
 
+class _View:
+    """Stands for a memoryview in a pickle, which plain pickle refuses."""
+
+    __slots__ = ("view",)
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        view = self.view
+        return _rebuild_view, (pickle.PickleBuffer(view if view.nbytes else b""), view.format, view.shape)
+
+
+def _rebuild_view(data: Any, kind: str, shape: tuple[int, ...]) -> memoryview:
+    flat = memoryview(data).cast("B")
+    return flat.cast(kind, shape) if flat.nbytes else flat.cast(kind)  # type: ignore[call-overload, no-any-return]
+
+
 def _lift(value: Any) -> Any:
-    """`value`, with large bytes in its first levels of short tuples and lists put behind a buffer."""
+    """`value`, with large bytes and memoryviews in its first levels of short tuples and lists put behind a buffer."""
     return _lifted(value) if _holds_large(value) else value
 
 
@@ -89,6 +107,8 @@ def _holds_large(value: Any) -> bool:
                 if type(item) in _LIFTED and _holds_large(item):
                     return True
         return False
+    if kind is memoryview:
+        return bool(value.c_contiguous)
     return (kind is bytes or kind is bytearray) and len(value) >= OUT_OF_BAND_MIN_BYTES
 
 
@@ -96,6 +116,8 @@ def _lifted(value: Any) -> Any:
     kind = type(value)
     if kind is bytes or kind is bytearray:
         return _Bytes(value) if len(value) >= OUT_OF_BAND_MIN_BYTES else value
+    if kind is memoryview:
+        return _View(value) if value.c_contiguous else value
     if (kind is tuple or kind is list) and len(value) <= MAX_LIFTED:
         return kind(map(_lifted, value))
     return value

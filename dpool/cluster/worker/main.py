@@ -24,6 +24,7 @@ from dpool.cluster.wire import frames, pickling
 from dpool.cluster.wire.functions import StaleFunction, load_by_name
 from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, reopen, trace_offset
 from dpool.cluster.worker.setup import Setup, arm_lifeline
+from dpool.errors import DpoolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -107,12 +108,14 @@ class Worker:
         ancillary = socket.CMSG_SPACE((frames.MAX_DESCRIPTORS + 2) * 4)
         receive = self.tasks.recvmsg_into
         while self.left > 0:
-            size, control, _, _ = receive([buffer], ancillary, socket.MSG_CMSG_CLOEXEC)
+            size, control, received, _ = receive([buffer], ancillary, socket.MSG_CMSG_CLOEXEC)
             if not size:
                 return
-            self._batch(buffer[:size], _descriptors(control))
+            self._batch(buffer[:size], _descriptors(control), bool(received & socket.MSG_CTRUNC))
 
-    def _batch(self, message: memoryview, descriptors: list[int]) -> None:
+    def _batch(self, message: memoryview, descriptors: list[int], cut: bool = False) -> None:
+        """Run one message. `cut`: not all of its descriptors could be opened here, and none can be told from another.
+        """
         started = perf_counter_ns()
         (flags, mode, _, function_number, number, count, function_bytes, ref_bytes,
          spare) = frames.TASKS.unpack_from(message)
@@ -125,16 +128,21 @@ class Worker:
         start = frames.TASKS.size
         refs = start + function_bytes
         body = refs + ref_bytes
-        if spare:
+        if spare and not cut:
             self._take_spare(spare, descriptors.pop())
         own = bool(flags & frames.FUNCTION_IN_SEGMENT) + bool(flags & frames.BODY_IN_SEGMENT)
         # What is prepared is handed over by its list, so that nothing here keeps it alive while it runs.
         prepared: list[Any] = []
         try:
             accepted = None
+            if cut:
+                raise segments.too_many_open()
             if ref_bytes:
-                accepted = Accepted(message[refs:body], descriptors[own:])
-                del descriptors[own:]  # the store's now
+                of_refs = descriptors[own:]
+                try:
+                    accepted = Accepted(message[refs:body], of_refs)
+                finally:
+                    descriptors[own:] = of_refs  # those that are not the store's now
             prepared.append(_CALLS[mode](self._function(function_number, flags, message[start:refs], descriptors)))
             prepared.append(self._unpack(message[body:], flags, descriptors, accepted))
             prepared.append(accepted)
@@ -242,12 +250,12 @@ class Worker:
             flags |= frames.ONE_PICKLE
         count = len(values)
         del values
-        refs, shared = sending.export()
         descriptor = -1
         body = packed.body
-        if packed.buffers or len(body) + len(failures) + len(refs) > frames.INLINE_MAX_BYTES:
-            parts: list[bytes | memoryview] = [failures, body, *packed.buffers]
-            try:
+        try:
+            refs, shared = sending.export()
+            if packed.buffers or len(body) + len(failures) + len(refs) > frames.INLINE_MAX_BYTES:
+                parts: list[bytes | memoryview] = [failures, body, *packed.buffers]
                 table = self._write_spare(parts)
                 if table is not None:
                     body = table
@@ -256,12 +264,12 @@ class Worker:
                     descriptor, body = segments.write(parts)
                     flags |= frames.BODY_IN_SEGMENT
                     shared.insert(0, descriptor)
-            except OSError as error:
-                # No memory for the results: each task learns it, instead of all hanging.
-                lost = [(i, *describe_exception(error, engine.RESULT_LOST)) for i in range(count)]
-                return self._send(flags & ~frames.ONE_PICKLE, number, first, [None] * count, _dump_failures(lost),
-                                  executed, run_ns)
-            failures = b""
+                failures = b""
+        except (OSError, DpoolError) as error:
+            # No memory for the results: each task learns it, instead of all hanging.
+            lost = [(i, *describe_exception(error, engine.RESULT_LOST)) for i in range(count)]
+            return self._send(flags & ~frames.ONE_PICKLE, number, first, [None] * count, _dump_failures(lost),
+                              executed, run_ns)
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", shared))] if shared else []
         released = b""
         if self.spare and flags & frames.DONE:
@@ -308,7 +316,8 @@ class Worker:
         for index, value in enumerate(values):
             mine = [(0, *known[index])] if index in known else []
             if len(values) == 1:
-                error = ValueError(f"a result may have at most {frames.MAX_DESCRIPTORS} large refs in it: put() a list")
+                error = ValueError(f"a result may have at most {frames.MAX_DESCRIPTORS} large refs in it: put() the "
+                                   "values together")
                 mine, value = [(0, *describe_exception(error))], None
             last = flags if index == len(values) - 1 else flags & ~frames.DONE
             self._send(last, number, first + index, [value], _dump_failures(mine), executed, run_ns)

@@ -11,6 +11,7 @@ import select
 import signal
 
 from dpool.cluster.store import segments
+from dpool.cluster.store.refs import Accepted, Sending, resolve
 from dpool.cluster.wire import pickling
 from dpool.cluster.wire.handles import Handle, reopen
 
@@ -53,22 +54,28 @@ class Initializer:
         self._buffers: list[memoryview] = []  # what is in the segment
         self._segment = -1
         self._table = b""
+        self._sending: Sending | None = None  # keeps the refs' descriptors open until the process is started
 
-    def __getstate__(self) -> tuple[bytes, Handle | None, bytes]:
+    def __getstate__(self) -> tuple[Any, ...]:
         buffers: list[memoryview] = []
-        data = pickling.dumps((self.function, self.args), buffers, by_value=True)
+        with Sending() as sending:
+            data = pickling.dumps((self.function, self.args), buffers, by_value=True)
+        refs, descriptors = sending.export()
+        handles = [Handle(descriptor) for descriptor in descriptors]
         if not buffers:
-            return data, None, b""
+            self._sending = sending
+            return data, None, b"", refs, handles
         if [id(view.obj) for view in buffers] != [id(view.obj) for view in self._buffers]:
             self.close()
             self._segment, self._table = segments.write(buffers)
             self._buffers = buffers
-        return data, Handle(self._segment), self._table
+        self._sending = sending
+        return data, Handle(self._segment), self._table, refs, handles
 
-    def __setstate__(self, state: tuple[bytes, Handle | None, bytes]) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         # Loaded here and not in run(): what refers to the parent, such as a lock, can be rebuilt only now.
         self._error: Exception | None = None
-        data, handle, table = state
+        data, handle, table, refs, handles = state
         try:
             import pickle
 
@@ -76,7 +83,9 @@ class Initializer:
             if handle is not None:
                 buffers = segments.read(handle.descriptor, table)
                 os.close(handle.descriptor)
+            accepted = Accepted(refs, [handle.descriptor for handle in handles]) if refs else None
             self.function, self.args = pickle.loads(data, buffers=buffers)
+            del accepted
         except Exception as error:
             self.function, self.args, self._error = None, (), error
 
@@ -86,6 +95,7 @@ class Initializer:
             os.close(self._segment)
             self._segment = -1
             self._buffers = []
+        self._sending = None
 
     _error: Exception | None = None
 
@@ -93,7 +103,7 @@ class Initializer:
         if self._error is not None:
             raise self._error
         if self.function is not None:
-            self.function(*self.args)
+            self.function(*map(resolve, self.args))
 
 
 def arm_lifeline(descriptor: int) -> int:

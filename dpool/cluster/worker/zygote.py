@@ -139,7 +139,7 @@ def _run_worker(request: dict[str, Any], given: dict[str, int]) -> int:
     def run() -> None:
         if "initializer" in given:
             with open(given["initializer"], "rb") as file:
-                setup.initializer.__setstate__((file.read(), None, b""))
+                setup.initializer.__setstate__((file.read(), None, b"", b"", []))
         worker_main(setup)
 
     class WorkerProcess(process.BaseProcess):
