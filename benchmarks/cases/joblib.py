@@ -46,6 +46,28 @@ def many_tasks(target: str, quick: bool) -> Sample:
 
 
 @case(
+    "joblib.array",
+    "Parallel() of 32 tasks with one array of 64 MB",
+    Metric("ms", "a call", "ms"),
+    targets=JOBLIB,
+    reference="loky",
+)
+def one_array(target: str, quick: bool) -> Sample:
+    """A new array for each call, as a program has it that computes between its calls."""
+    numpy = module("numpy")
+    delayed = module("joblib").delayed(tasks.last_byte)
+    size = (16 if quick else 64) * tasks.MEGABYTE
+    with joblib_backend(target) as parallel:
+
+        def call() -> Any:
+            array = numpy.full(size, 7, dtype="u1")
+            return parallel()(delayed(array) for _ in range(32))
+
+        expect([7] * 32, call())
+        return {"ms": seconds(call, quick) * 1e3}
+
+
+@case(
     "joblib.grid_search",
     "GridSearchCV of 12 SVCs, 3 folds",
     Metric("s", "the fit", "s"),
