@@ -29,6 +29,8 @@ STATE_EVERY_S = 1.0
 SILENT_AFTER_S = 10.0
 
 
+# How long a node that was lost is told that its session is over; after that time it has ended it by itself.
+DISMISS_WITHIN_S = 70.0
 # How long leaving the cluster may take.
 CLOSE_TIMEOUT_S = 5.0
 
@@ -53,7 +55,7 @@ class Standing:
 class Pulse:
     """The exchange with one node about one session. The callbacks are called by the client's thread."""
 
-    __slots__ = ("session", "address", "dialer", "echoed_at", "received", "on_echo", "on_lost")
+    __slots__ = ("session", "address", "dialer", "echoed_at", "received", "on_echo", "on_lost", "dismissed_at")
 
     def __init__(self, session: bytes, address: str, received: Callable[[], int], on_echo: Callable[[int], None],
                  on_lost: Callable[[str], None]) -> None:
@@ -64,6 +66,7 @@ class Pulse:
         self.received = received
         self.on_echo = on_echo
         self.on_lost = on_lost
+        self.dismissed_at: float | None = None  # since when the node is to be told that the session is over
 
 
 class Client:
@@ -142,6 +145,15 @@ class Client:
     def unwatch(self, session: bytes) -> None:
         """End it."""
         self._do(lambda: self._drop_pulse(session))
+
+    def dismiss(self, session: bytes) -> None:
+        """The node is lost for this session: tell it so as soon as it can be reached again."""
+        def do() -> None:
+            pulse = self._pulses.get(session)
+            if pulse is not None:
+                self._dismiss(pulse)
+
+        self._do(do)
 
     def close(self, ports_are_closed: bool = True) -> None:
         """Leave the cluster; returns when that is done, after a few seconds at most."""
@@ -229,8 +241,10 @@ class Client:
 
     def _beat(self, now: float) -> None:
         for pulse in list(self._pulses.values()):
-            if now - pulse.echoed_at > SILENT_AFTER_S:
+            if pulse.dismissed_at is not None and now - pulse.dismissed_at > DISMISS_WITHIN_S:
                 self._drop_pulse(pulse.session)
+            elif now - pulse.echoed_at > SILENT_AFTER_S and pulse.dismissed_at is None:
+                self._dismiss(pulse)
                 pulse.on_lost(f"it has not answered for {SILENT_AFTER_S:.0f} s")
             elif pulse.dialer is not None and pulse.dialer.broken:
                 self._undial(pulse)
@@ -238,9 +252,18 @@ class Client:
             else:
                 self._beat_one(pulse)
 
+    def _dismiss(self, pulse: Pulse) -> None:
+        if pulse.dismissed_at is None:
+            pulse.dismissed_at = time.monotonic()
+            # The connection may be one of which the node has seen the end, and this side never will.
+            self._undial(pulse)
+            self._dial(pulse)
+
     def _beat_one(self, pulse: Pulse) -> None:
         assert pulse.dialer is not None
         header = sessions.HEADER.pack(sessions.CONTROL, 0, 0, 0, 0, 0)
+        if pulse.dismissed_at is not None:
+            pulse.dialer.send((header + messages.encode(messages.Bye(pulse.session)),))
         pulse.dialer.send((header + messages.encode(messages.Pulse(pulse.session, pulse.received())),))
 
     def _receive_echo(self, pulse: Pulse) -> None:
@@ -253,12 +276,13 @@ class Client:
                 message = messages.from_node.decode(frames[0][sessions.HEADER.size:])
             except msgspec.DecodeError:
                 continue
-            if isinstance(message, messages.Pulse) and message.session == pulse.session:
+            if isinstance(message, messages.Pulse) and message.session == pulse.session and pulse.dismissed_at is None:
                 pulse.echoed_at = time.monotonic()
                 pulse.on_echo(message.received)
             elif isinstance(message, messages.Gone) and message.session == pulse.session:
                 self._drop_pulse(pulse.session)
-                pulse.on_lost("it knows nothing of this group any more")
+                if pulse.dismissed_at is None:
+                    pulse.on_lost("it knows nothing of this group any more")
                 return  # its dialer is closed
 
     def _undial(self, pulse: Pulse) -> None:

@@ -661,7 +661,7 @@ class ClusterPort:
             node.inflight.clear()
         self._connection_message(node, messages.Bye(node.key))
         self._undial(node, linger_ms=200)
-        self.client.unwatch(node.key)
+        self.client.dismiss(node.key)
         node.arrivals.close()
         for process in node.living.values():
             process.ended(None)

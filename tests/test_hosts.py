@@ -1,0 +1,151 @@
+"""Owns the tests of a cluster on hosts of their own, whose links are cut, cut one way, delayed and made lossy.
+
+Needs root; skipped where hosts cannot be made. The driver is a program on the head's host that reads orders from this
+process: one a line, an answer each.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clusters import PATIENCE_S, ROOT, Process, until
+from hosts import Hosts, address, possible
+
+from dpool.cluster.wire.keys import Keys, write
+
+pytestmark = pytest.mark.skipif(not possible(), reason="hosts need root, namespaces and TAP devices")
+
+HEAD, FIRST, SECOND = 0, 1, 2
+
+DRIVER = """
+import json, os, sys, time
+from dpool.multiprocessing import Pool
+
+def task(path, value):
+    time.sleep(0.01)
+    return value, os.uname().nodename
+
+if __name__ == "__main__":
+    pool = Pool(4)
+    running = None
+    for line in sys.stdin:
+        order, *arguments = json.loads(line)
+        if order == "start":
+            running = pool.starmap_async(task, [("", value) for value in range(arguments[0])], chunksize=1)
+            answer = None
+        elif order == "result":
+            answer = running.get(100)
+        elif order == "hosts":
+            answer = sorted({process.host for process in pool._pool})
+        elif order == "sessions":
+            answer = sorted(key.hex() for key in pool._group.port._nodes)
+        print(json.dumps(answer), flush=True)
+    pool.terminate()
+"""
+
+
+class Lab:
+    """Three hosts: the head and the driver on one, nodes with two CPUs each on the others."""
+
+    def __init__(self, directory: Path) -> None:
+        write(directory / "key", Keys.new())
+        (directory / "driver.py").write_text(DRIVER)
+        self.hosts = Hosts(3, [Path(sys.prefix), Path(sys.base_prefix), ROOT, directory])
+        self._settings = [f"DPOOL_KEY_FILE={directory / 'key'}", f"PYTHONPATH={ROOT}"]
+        self._directory = directory
+        self.processes: list[Process] = []
+        self.address = f"tcp://{address(HEAD)}:7077"
+        self.start(HEAD, "-m", "dpool", "head", "--bind", self.address).expect("listens")
+        self.nodes = [self.start(host, "-m", "dpool", "node", self.address, "--cpus", "2") for host in (FIRST, SECOND)]
+        for node in self.nodes:
+            node.expect("joined")
+        command = self.hosts.command(HEAD, ["env", *self._settings, f"DPOOL_ADDRESS={self.address}", sys.executable,
+                                            str(directory / "driver.py")])
+        self.driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.ask("hosts") == ["h1", "h2"]
+
+    def start(self, host: int, *arguments: str) -> Process:
+        command = self.hosts.command(host, ["env", *self._settings, sys.executable, *arguments])
+        process = Process(command, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, self._directory)
+        self.processes.append(process)
+        return process
+
+    def ask(self, *order: object) -> object:
+        """Have the driver do something; its answer."""
+        assert self.driver.stdin is not None and self.driver.stdout is not None
+        self.driver.stdin.write(json.dumps(order) + "\n")
+        self.driver.stdin.flush()
+        line = self.driver.stdout.readline()
+        assert line, "the driver has ended"
+        return json.loads(line)
+
+    def result(self, count: int) -> list[str]:
+        """The results of what was started, each there once; the hosts they come from."""
+        values = self.ask("result")
+        assert isinstance(values, list)
+        assert [value for value, _ in values] == list(range(count))
+        return [host for _, host in values]
+
+    def close(self) -> None:
+        assert self.driver.stdin is not None
+        self.driver.stdin.close()
+        try:
+            assert self.driver.wait(PATIENCE_S) == 0
+            # Nothing of the driver's is left on the nodes: the agent, its zygote, and nothing else.
+            for host in (FIRST, SECOND):
+                until(lambda host=host: len(self.hosts.processes(host)) == 2, "workers are gone")  # type: ignore[misc]
+        finally:
+            self.driver.kill()
+            self.driver.wait()
+            self.hosts.close()
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    lab = Lab(tmp_path)
+    yield lab
+    lab.hosts.heal()
+    lab.close()
+
+
+def test_hosts_share_neither_memory_nor_files_nor_processes(lab: Lab) -> None:
+    lab.ask("start", 100)
+    assert set(lab.result(100)) == {"h1", "h2"}
+
+
+@pytest.mark.parametrize("oneway", [False, True], ids=["both ways", "one way"])
+def test_a_short_cut_is_not_noticed(lab: Lab, oneway: bool) -> None:
+    sessions = lab.ask("sessions")
+    lab.ask("start", 400)
+    lab.hosts.cut(FIRST, oneway)
+    time.sleep(2)  # the cut's length is what is under test
+    lab.hosts.heal()
+    assert set(lab.result(400)) == {"h1", "h2"}
+    assert lab.ask("sessions") == sessions
+
+
+@pytest.mark.parametrize("oneway", [False, True], ids=["both ways", "one way"])
+def test_after_a_long_cut_tasks_run_again_elsewhere(lab: Lab, oneway: bool) -> None:
+    lab.ask("start", 400)
+    lab.hosts.cut(FIRST, oneway)
+    assert lab.result(400).count("h2") > 200
+    until(lambda: lab.ask("hosts") == ["h2"], "the group has its workers on the other host")
+    lab.hosts.heal()
+    # The driver has given the session up: what it had on the node ends as soon as the node hears of it.
+    until(lambda: len(lab.hosts.processes(FIRST)) == 2, "the node has ended what was given up")
+    lab.ask("start", 50)
+    lab.result(50)
+
+
+def test_a_node_behind_a_slow_and_lossy_link_works(lab: Lab) -> None:
+    sessions = lab.ask("sessions")
+    lab.hosts.slow(FIRST, delay_s=0.05, loss=0.05)
+    lab.ask("start", 300)
+    lab.result(300)
+    assert lab.ask("sessions") == sessions
