@@ -18,6 +18,7 @@ import termios
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 from multiprocessing import process as mp_process
 from multiprocessing import util
 
@@ -165,7 +166,8 @@ class Workers:
         # A Ctrl-C before the worker has left the terminal's process group would make it print a traceback.
         old = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
         try:
-            process.start()
+            with _main_without_missing_file():
+                process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
         self.processes.append(process)
@@ -407,6 +409,22 @@ class Workers:
             self._map.close()
             self._claims.clear()
             self._initializer.close()
+
+
+@contextmanager
+def _main_without_missing_file() -> Iterator[None]:
+    """A program that is read from stdin has a __main__ whose file is called "<stdin>"; a worker that is not forked
+    would look for it, and end."""
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if path is None or os.path.exists(path):
+        yield
+        return
+    del main.__file__
+    try:
+        yield
+    finally:
+        main.__file__ = path
 
 
 def _claims(context: Any) -> Any:

@@ -9,6 +9,7 @@ import fcntl
 import os
 import select
 import signal
+import sys
 
 from dpool.cluster.store import segments
 from dpool.cluster.store.refs import Accepted, Sending, resolve
@@ -59,7 +60,10 @@ class Initializer:
     def __getstate__(self) -> tuple[Any, ...]:
         buffers: list[memoryview] = []
         with Sending() as sending:
-            data = pickling.dumps((self.function, self.args), buffers, by_value=True)
+            function = self.function
+            if function is not None and not main_is_imported_again():
+                function = _ByValue(function)  # type: ignore[assignment]
+            data = pickling.dumps((function, self.args), buffers, by_value=True)
         refs, descriptors = sending.export()
         handles = [Handle(descriptor) for descriptor in descriptors]
         if not buffers:
@@ -104,6 +108,31 @@ class Initializer:
             raise self._error
         if self.function is not None:
             self.function(*map(resolve, self.args))
+
+
+class _ByValue:
+    """A function in a pickle of its own that needs nothing of its __main__ on the other side."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self.function = function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import pickle
+
+        from dpool.cluster.wire.functions import dumps_by_value
+
+        return pickle.loads, (dumps_by_value(self.function),)
+
+
+def main_is_imported_again() -> bool:
+    """Whether a process that is not forked gets this program's __main__ by importing it: not that of `python -c`, of
+    stdin, of a notebook, or of a package's __main__.py."""
+    main = sys.modules["__main__"]
+    name = getattr(getattr(main, "__spec__", None), "name", None)
+    if name is not None:
+        return not (name == "__main__" or name.endswith(".__main__"))
+    path = getattr(main, "__file__", None)
+    return path is not None and os.path.exists(path)
 
 
 def arm_lifeline(descriptor: int) -> int:
