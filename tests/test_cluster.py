@@ -292,6 +292,39 @@ def test_a_pool_in_a_task_works_on_the_task_s_machine(driver: Cluster) -> None:
         assert pool.map(_nested, [3, 4]) == [[0, 2, 4], [0, 2, 4, 6]]
 
 
+# -- modules that only the driver has
+
+
+def test_the_program_s_own_modules_need_not_be_on_the_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    package = tmp_path / "mine"
+    (package / "inner").mkdir(parents=True)
+    (package / "space").mkdir()
+    (package / "__init__.py").write_text("from mine.work import work\n")
+    (package / "work.py").write_text("from . import inner\nfrom mine.space import deep\nimport single\n"
+                                     "def work(x):\n    return inner.VALUE + deep.VALUE + single.VALUE + x\n")
+    (package / "inner" / "__init__.py").write_text("VALUE = 1000\n")
+    (package / "space" / "deep.py").write_text("VALUE = 100\n")
+    (tmp_path / "single.py").write_text("VALUE = 10\ndef fail(x):\n    raise KeyError('in a shipped module')\n")
+    program = tmp_path / "program.py"
+    program.write_text("import mine, single, traceback\n"
+                       "from dpool.multiprocessing import Pool\n"
+                       "if __name__ == '__main__':\n"
+                       "    with Pool(4) as pool:\n"
+                       "        print(pool.map(mine.work, range(5), chunksize=1))\n"
+                       "        try:\n"
+                       "            pool.apply(single.fail, (1,))\n"
+                       "        except KeyError as error:\n"
+                       "            print(\"raise KeyError('in a shipped module')\" in str(error.__cause__))\n"
+                       "        try:\n"
+                       "            pool.apply(__import__, ('nowhere_at_all',))\n"
+                       "        except ModuleNotFoundError as error:\n"
+                       "            print(error)\n")
+    process = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60,
+                             env=cluster.environment() | {"DPOOL_ADDRESS": cluster.address})
+    assert (process.stdout, process.stderr) == (
+        "[1110, 1111, 1112, 1113, 1114]\nTrue\nNo module named 'nowhere_at_all'\n", "")
+
+
 # -- objects
 
 

@@ -22,6 +22,7 @@ import msgspec
 
 from dpool.batching import CREDITS_PER_WORKER
 from dpool.cluster.driver.client import Client, Pulse, Standing
+from dpool.cluster.driver.modules import source_of
 from dpool.cluster.store import segments, store
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
 from dpool.cluster.wire import frames, messages, pickling, sessions
@@ -574,7 +575,19 @@ class ClusterPort:
             if not self._nodes:
                 events.append((HOPELESS, error, []))
         elif isinstance(message, messages.Wanted):
+            self._answer(node, message)
+
+    def _answer(self, node: Node, message: messages.Wanted) -> None:
+        source = source_of(message.name)
+        if source is None:
             self._post(node, messages.Found(message.request, False))
+            return
+        descriptor, _ = segments.write([source])
+        try:
+            self._post_pieces(node, pieces(descriptor, [(0, len(source))]))
+        finally:
+            os.close(descriptor)
+        self._post(node, messages.Found(message.request, True), segments=1)
 
     def _add_workers(self, node: Node, slots: list[messages.Slot]) -> None:
         for slot in slots:
