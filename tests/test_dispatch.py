@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dpool.batching import CREDITS_PER_WORKER, MAX_BATCH_TASKS, STEAL_AFTER_S, STEAL_RECHECK_S
-from dpool.cluster.driver.dispatch import Batch, Dispatch, Job, Timing
+from dpool.cluster.driver.dispatch import NODE_LOSSES, Batch, Dispatch, Job, Timing
 from dpool.engine import CALL, MAP, MAP_CHUNK, Failure
 
 
@@ -444,6 +444,65 @@ def test_a_task_whose_worker_dies_is_run_again_as_often_as_allowed(job: Job) -> 
     dispatch.validate()
 
 
+# -- stops
+
+
+def test_what_is_stopped_is_dropped_where_it_waits_and_named_where_it_runs() -> None:
+    dispatch = Dispatch(workers=1)
+    first, second = many(range(100), known(250_000)), many(range(2))
+    dispatch.add(first)
+    dispatch.add(second)
+    batch = take(dispatch)
+    assert dispatch.stop(first) == 96
+    dispatch.validate()
+    assert dispatch.to_stop() == [(batch.number, index) for index in range(4)]
+    assert dispatch.died(batch.number, 1) == (first, 1)
+    dispatch.validate()
+    assert first.unsettled == 0 and dispatch.to_stop() == [] and not dispatch.stopping
+    assert list(take(dispatch).items()) == [0]
+
+
+def test_a_stopped_task_is_not_run_again_whatever_the_retries() -> None:
+    dispatch = Dispatch(workers=1, retries=3)
+    job = call(1)
+    dispatch.add(job)
+    batch = take(dispatch)
+    dispatch.stop(job)
+    assert dispatch.died(batch.number, 0) == (job, 0)
+    assert dispatch.idle
+
+
+def test_a_task_whose_worker_was_ended_because_of_another_one_is_run_again() -> None:
+    dispatch = Dispatch(workers=1)
+    timing = known(250_000)
+    jobs = [call(value, timing) for value in range(8)]
+    for job in jobs:
+        dispatch.add(job)
+    batch = take(dispatch)
+    dispatch.stop(jobs[0])
+    assert dispatch.report(batch.number, 0, 1) is batch
+    assert dispatch.died(batch.number, 1, ended=True) is None
+    dispatch.validate()
+    assert take(dispatch).task(0) == (jobs[1], 0)
+
+
+# -- lost nodes
+
+
+def test_tasks_of_a_lost_node_are_run_again_so_many_times() -> None:
+    dispatch = Dispatch(workers=1)
+    job = many(range(4), known(1))
+    dispatch.add(job)
+    for _ in range(NODE_LOSSES):
+        assert dispatch.node_lost(take(dispatch).number) == []
+        dispatch.validate()
+    lost: list[tuple[Job, int]] = []
+    while dispatch.queue:
+        lost += dispatch.node_lost(take(dispatch).number)
+        dispatch.validate()
+    assert job.unsettled == 4 - len(set(lost)) == 0
+
+
 # -- thefts
 
 
@@ -561,6 +620,10 @@ class TaskState:
         self.key = (job, index)
         self.state: str | int = WAITING  # or the number of the batch that it is in
         self.deaths = 0
+        self.losses = 0
+
+    def come_back(self) -> None:
+        self.state = DROPPED if self.key[0].stopped else WAITING
 
 
 class Books(RuleBasedStateMachine):
@@ -597,7 +660,7 @@ class Books(RuleBasedStateMachine):
         del self.batches[batch.number]
         self.gone.append(batch)
         for task in tasks:
-            task.state = WAITING
+            task.come_back()
 
     # What the door does.
 
@@ -645,7 +708,24 @@ class Books(RuleBasedStateMachine):
         for task in dropped:
             task.state = DROPPED
 
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def stop(self, data: st.DataObject) -> None:
+        job = data.draw(st.sampled_from(self.jobs))
+        dropped = self.waiting(job)
+        assert self.dispatch.stop(job) == len(dropped)
+        for task in dropped:
+            task.state = DROPPED
+
     # What the driver does.
+
+    @rule()
+    def look_for_what_is_to_be_stopped(self) -> None:
+        expected = {(number, index) for number, (batch, tasks) in self.batches.items()
+                    for index in range(batch.reported, batch.stop) if tasks[index].key[0].stopped}
+        found = self.dispatch.to_stop()
+        assert set(found) == expected and len(found) == len(expected)
+        assert self.dispatch.stopping == bool(expected)
 
     @rule(workers=st.integers(0, 4))
     def workers_come_and_go(self, workers: int) -> None:
@@ -730,19 +810,21 @@ class Books(RuleBasedStateMachine):
         self._leave(batch, tasks[reported:batch.stop])
 
     @precondition(lambda self: self.batches)
-    @rule(data=st.data())
-    def died(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), ended=st.booleans())
+    def died(self, data: st.DataObject, ended: bool) -> None:
         batch, tasks = self._batch(data)
         running = data.draw(st.integers(0, batch.stop))
         reported = batch.reported
-        guilty = self.dispatch.died(batch.number, running)
+        guilty = self.dispatch.died(batch.number, running, ended)
         rest = tasks[reported:len(tasks)]
         rest = [task for task in rest if task.state == batch.number]
         self._leave(batch, rest)
         if reported <= running < reported + len(rest):
             culprit = tasks[running]
-            culprit.deaths += 1
-            if culprit.deaths > self.retries:
+            stopped = culprit.key[0].stopped
+            spared = ended and not stopped
+            culprit.deaths += not spared
+            if not spared and (stopped or culprit.deaths > self.retries):
                 assert guilty == culprit.key
                 culprit.state = GUILTY
                 return
@@ -758,6 +840,21 @@ class Books(RuleBasedStateMachine):
 
     @precondition(lambda self: self.batches)
     @rule(data=st.data())
+    def node_lost(self, data: st.DataObject) -> None:
+        batch, tasks = self._batch(data)
+        rest = tasks[batch.reported:batch.stop]
+        doomed = self.dispatch.node_lost(batch.number)
+        self._leave(batch, rest)
+        expected = []
+        for task in rest:
+            task.losses += 1
+            if task.losses > NODE_LOSSES:
+                expected.append(task.key)
+                task.state = GUILTY
+        assert doomed == expected
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
     def steal(self, data: st.DataObject) -> None:
         batch, tasks = self._batch(data)
         count = data.draw(st.integers(0, batch.stop - batch.reported))
@@ -766,7 +863,7 @@ class Books(RuleBasedStateMachine):
         self.dispatch.stolen(batch.number, count, self.now)
         for task in tasks[kept:kept + count]:
             assert task.state == batch.number
-            task.state = WAITING
+            task.come_back()
 
     @rule()
     def look_for_stuck_batches(self) -> None:
@@ -792,6 +889,7 @@ class Books(RuleBasedStateMachine):
         assert self.dispatch.died(batch.number, first) is None
         self.dispatch.done(batch.number, 1000, count)
         self.dispatch.lost(batch.number)
+        assert self.dispatch.node_lost(batch.number) == []
         self.dispatch.stolen(batch.number, count, self.now)
 
     @precondition(lambda self: len(self.jobs) > 5)
