@@ -142,7 +142,12 @@ def test_many_results_wake_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
         monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
         mailbox = mailbox_of(loop)
-        thread = threading.Thread(target=lambda: [mailbox.post(reader, i, str(i)) for i in range(1000)])
+
+        def post() -> None:
+            for i in range(1000):
+                mailbox.post(reader, i, str(i))
+
+        thread = threading.Thread(target=post)
         thread.start()
         thread.join()  # the loop is busy meanwhile
         await asyncio.wait_for(ready.wait(), PATIENCE_S)
