@@ -32,7 +32,8 @@ def pieces(descriptor: int, parts: Sequence[tuple[int, int]] | None = None) -> l
     for offset, count in parts:
         if offset < end or offset + count > size:
             raise ValueError(f"a segment of {size} bytes cannot have a part of {count} at {offset}")
-        end = offset + count
+        if count:
+            end = offset + count
     if not end:
         return [(1, 0, memoryview(b"\0"))]  # nothing but empty parts: a segment has at least a byte
     whole = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ))

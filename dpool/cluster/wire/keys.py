@@ -126,7 +126,11 @@ def read(path: Path) -> Keys:
         link = os.lstat(path)
         if stat.S_ISLNK(link.st_mode) and link.st_uid not in (os.geteuid(), 0):
             raise KeyProblem(f"{path} is a symbolic link of user {link.st_uid}: give the path of the key file itself")
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            raise KeyProblem(f"{path} is not a file but a directory: give the path of a key file")
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except KeyProblem:
+        raise  # which is an OSError, too
     except FileNotFoundError:
         raise KeyProblem(f"there is no key file {path}: copy it from the machine where the head was started, "
                          f"or make one with: dpool keygen {path}") from None
@@ -135,7 +139,7 @@ def read(path: Path) -> Keys:
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise KeyProblem(f"{path} is not a file but a {_kind(status.st_mode)}: give the path of a key file")
+            raise KeyProblem(f"{path} is not a file but a device or pipe: give the path of a key file")
         mode = stat.S_IMODE(status.st_mode)
         # A secret mounted by a container platform belongs to root, may be readable by the group, and is not writable.
         mounted = status.st_uid == 0 and mode & 0o337 == 0
@@ -158,9 +162,3 @@ def write(path: Path, keys: Keys) -> None:
         file.write(keys.text() + "\n")
         file.flush()
         os.fsync(descriptor)
-
-
-def _kind(mode: int) -> str:
-    if stat.S_ISDIR(mode):
-        return "directory"
-    return "device, pipe or socket"
