@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import uuid
 import venv
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def main() -> int:
     if options.install:
         _run_in(options.install, chosen, [argument for argument in sys.argv[1:]])
     print(f"{'client':12} {'version':10} {'workload':24} {'same result':12} {'stdlib s':>9} {'dpool s':>9}")
-    problems, ran = [], 0
+    problems = ran = 0
     for client in chosen:
         if client.version is None:
             print(f"{client.name:12} {'-':10} not installed")
@@ -93,9 +94,8 @@ def main() -> int:
             same = "NO" if row.problem else "yes"
             print(f"{client.name:12} {client.version:10.10} {row.workload:24} {same:12}{seconds}", flush=True)
             if row.problem:
-                problems.append(f"{client.name}/{row.workload}: {row.problem}")
-    for problem in problems:
-        print(f"\n{problem}")
+                problems += 1
+                print(textwrap.indent(row.problem, "    "), flush=True)
     if not ran:
         print("nothing to run: install the extra \"clients\", or see --install")
         return 2
