@@ -37,6 +37,10 @@ def totals(*values: Any) -> list[int]:
     return [total(value) for value in values]
 
 
+def last(value: Any) -> int:
+    return int(value[-1])
+
+
 def call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 

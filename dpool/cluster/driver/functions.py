@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import pickle
 import sys
 import types
 
 from dpool.cluster.driver.dispatch import Timing
 from dpool.cluster.store import segments
-from dpool.cluster.store.refs import Sending
+from dpool.cluster.store.refs import Descriptors, Sending
 from dpool.cluster.wire import frames, pickling
 from dpool.cluster.wire.functions import by_name, calls_of, dumps_by_value
 
@@ -39,13 +38,14 @@ class Function:
     """
 
     __slots__ = ("number", "flags", "inline", "descriptor", "target", "timing", "by_value", "calls",
-                 "refs")
+                 "refs", "_held")
 
     def __init__(self, target: Callable[..., Any], timing: Timing) -> None:
         self.number = next(_numbers)
         self.target = target
         self.timing = timing
         self.descriptor = -1
+        self._held: Descriptors | None = None  # owns it
         self.by_value = False
         self.calls: list[tuple[str, Any]] = []
         self.flags = 0
@@ -93,18 +93,16 @@ class Function:
         self.refs = list(sending.refs.values())
         if buffers or len(data) > frames.INLINE_MAX_BYTES:
             self.descriptor, self.inline = segments.write([data, *buffers])
+            self._held = Descriptors()
+            self._held.numbers.append(self.descriptor)
             self.flags = frames.FUNCTION_IN_SEGMENT
         else:
             self.inline = data
             self.flags = 0
 
     def _close(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-
-    def __del__(self) -> None:
-        self._close()
+        self.descriptor = -1
+        self._held = None
 
 
 class FunctionTable:

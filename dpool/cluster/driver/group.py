@@ -108,8 +108,11 @@ class Group:
                     if len(self._dispatch.inflight) != 1 or self._dispatch.queue or self._ended is not None:
                         break
                     if not self._attended:
+                        try:
+                            near.lead()
+                        except OSError:  # no descriptor is left for it
+                            break
                         self._attended = True
-                        near.lead()
                 message = near.receive_alone()
                 if message is None:
                     break

@@ -10,6 +10,7 @@ import itertools
 import os
 import pickle
 import threading
+import weakref
 
 from dpool.cluster.store import segments, store
 from dpool.cluster.wire import frames, pickling
@@ -120,16 +121,32 @@ _CONSTANT = _PLAIN | {str, bytes, range, ObjectRef}
 
 
 class Descriptors:
-    """Descriptors that are closed when this goes."""
+    """Descriptors that are closed when this goes, and in every forked child: it would keep what they are of."""
 
-    __slots__ = ("numbers",)
+    __slots__ = ("numbers", "__weakref__")
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
+        _open.add(self)
 
     def __del__(self) -> None:
-        for number in self.numbers:
+        self.close()
+
+    def close(self) -> None:
+        numbers, self.numbers = self.numbers, []
+        for number in numbers:
             os.close(number)
+
+
+_open: weakref.WeakSet[Descriptors] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for descriptors in list(_open):
+        descriptors.close()
+
+
+os.register_at_fork(after_in_child=_close_all)
 
 
 class Sending:
@@ -268,5 +285,5 @@ def resolve(value: Any) -> Any:
     return value.value() if type(value) is ObjectRef else value
 
 
-__all__ = ["Accepted", "ObjectRef", "Sending", "new_key", "resolve", "snapshot", "store_buffer",
+__all__ = ["Accepted", "Descriptors", "ObjectRef", "Sending", "new_key", "resolve", "snapshot", "store_buffer",
            "store_value"]

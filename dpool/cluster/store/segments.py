@@ -139,12 +139,12 @@ def read(descriptor: int, table: bytes | memoryview, ended: Callable[[int], obje
     """
     (number,) = HEAD.unpack_from(table)
     parts = list(_PART.iter_unpack(table[HEAD.size:]))
-    if len(_mapped) >= MAX_MAPPED:
+    mapping = _map(descriptor) if len(_mapped) < MAX_MAPPED else None
+    if mapping is None:
         view = _copy(descriptor, max((offset + length for offset, length in parts), default=0))
         if ended is not None and number:
             ended(number)
     else:
-        mapping = mmap.mmap(descriptor, os.fstat(descriptor).st_size, access=mmap.ACCESS_COPY)
         _mapped.add(id(mapping))
         weakref.finalize(mapping, _unmapped, id(mapping), _forks, ended, number).atexit = False
         view = memoryview(mapping)
@@ -154,6 +154,15 @@ def read(descriptor: int, table: bytes | memoryview, ended: Callable[[int], obje
 def parts_of(view: memoryview, table: bytes | memoryview) -> list[memoryview]:
     """The parts of a segment that lies in memory as `view`."""
     return [view[offset:offset + length] for offset, length in _PART.iter_unpack(table[HEAD.size:])]
+
+
+def _map(descriptor: int) -> mmap.mmap | None:
+    try:
+        return mmap.mmap(descriptor, os.fstat(descriptor).st_size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        return None  # there is no descriptor left for it
 
 
 def _unmapped(mapping: int, forks: int, ended: Callable[[int], object] | None, number: int) -> None:

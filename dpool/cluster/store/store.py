@@ -93,7 +93,7 @@ class Stored:
     value refers to."""
 
     __slots__ = ("key", "nbytes", "table", "segment", "number", "spill", "inner", "owned", "refs",
-                 "origin")
+                 "origin", "inherited")
 
     def __init__(self, key: bytes, nbytes: int, table: bytes, segment: Segment | None, number: int,
                  inner: Sequence[Any], owned: bool) -> None:
@@ -108,6 +108,7 @@ class Stored:
         self.refs = 0  # handles in this process
         # Of an object that was here when this process was forked: where the parent has it (pid, descriptor, inode).
         self.origin: tuple[int, int, int] | None = None
+        self.inherited = 0  # handles among `refs` that this process has from its parent: they hold nothing
 
 
 class Store:
@@ -298,7 +299,9 @@ class Store:
                 # The value is the program's own memory then, as a copy of it would be.
                 return segments.parts_of(stored.spill.read(), stored.table)
             if not stored.owned:
-                return segments.read(segment.descriptor, stored.table)
+                parts = segments.read(segment.descriptor, stored.table)
+                self._let_go(stored)
+                return parts
             key = stored.key
             table = segments.head(1) + stored.table[8:]
             self.ledger.view(key, 1, time.monotonic())
@@ -322,7 +325,15 @@ class Store:
             segment = self._present(stored)
             if stored.owned:
                 self.ledger.share(stored.key, time.monotonic())
-            return os.dup(segment.descriptor)
+            try:
+                descriptor = os.dup(segment.descriptor)
+            except OSError:
+                if not self.ledger.warm:
+                    raise segments.too_many_open() from None
+                self._give_back(self.ledger.cool(float("inf")))
+                descriptor = os.dup(segment.descriptor)
+            self._let_go(stored)
+            return descriptor
 
     def drop(self, key: bytes) -> None:
         """One handle less; with the last one the object goes. Safe in a finalizer."""
@@ -334,6 +345,15 @@ class Store:
             stored.refs -= 1
             if stored.refs <= 0:
                 self._free(key)
+            else:
+                self._let_go(stored)
+
+    def _let_go(self, stored: Stored) -> None:
+        """A forked child holds no descriptor for the handles it inherited: nobody ever drops them, and its parent's
+        memory would stay."""
+        if stored.origin is not None and stored.segment is not None and stored.refs <= stored.inherited:
+            stored.segment.close()
+            stored.segment = None
 
     def _free(self, key: bytes) -> None:
         stored = self.objects.pop(key)
@@ -541,6 +561,7 @@ def _forget() -> None:
                 stored.segment.close()
             stored.segment = None
         stored.owned = False
+        stored.inherited = stored.refs
         _store.objects[stored.key] = stored
     for segment in old._segments.values():
         segment.close()
