@@ -60,7 +60,8 @@ class Report:
         if interpreter not in self._reports:
             path = self._folder / f"{interpreter}.json"
             only = [f"--only={suite}/{context}" for owner, suite, context in self._rows if owner == interpreter]
-            command = [prepared(interpreter), "-m", "compat_tests", "--json", str(path), *only]
+            engine = os.environ.get("DPOOL_COMPAT_ENGINE", "embedded")
+            command = [prepared(interpreter), "-m", "compat_tests", "--engine", engine, "--json", str(path), *only]
             done = subprocess.run(command, cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             print(done.stdout)
             if path.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -129,6 +130,9 @@ def _node(options: argparse.Namespace) -> int:
 
     keys = cluster_keys.find(options.key)
     cpus = options.cpus or len(os.sched_getaffinity(0))
+    # Each worker and each object that is kept takes descriptors.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     agent = Agent(keys, options.address, options.bind, cpus, _log)
     _until_told(agent.stop)
     agent.serve()
