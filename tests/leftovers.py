@@ -140,5 +140,6 @@ class Census:
         for thread in threads:
             thread.join(PATIENCE_S)  # those that end are merely slow to be gone
         assert not [thread for thread in threads if thread.is_alive()], "threads are left"
+        gc.collect()  # what they held in circles goes with them
         new = [what for number, what in set(descriptors().items()) - self._descriptors]
         assert not new, f"descriptors are left: {new}"
