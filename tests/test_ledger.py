@@ -75,6 +75,10 @@ class Books(RuleBasedStateMachine):
 
     def retired(self, number: int, kept: bool) -> None:
         assert not self.eyes[number]
+        size = self.size[number]
+        counted = sum(self.size.values()) - sum(self.size[other] for other in self.viewed())
+        fits = sum(self.size[other] for other in self.warm) + size <= self.ledger.warm_limit
+        assert kept == (fits and counted <= self.ledger.limit)
         if kept:
             self.warm[number] = self.now
         else:
