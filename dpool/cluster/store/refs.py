@@ -105,7 +105,7 @@ class ObjectRef:
             return pickle.loads(self._data)
         assert self._stored is not None
         data, *buffers = store.current().open(self._stored)
-        return pickle.loads(data, buffers=buffers)
+        return pickle.loads(self._stored.head or data, buffers=buffers)
 
 
 def _rebuild_small(key: bytes, data: bytes, inner: Sequence[ObjectRef]) -> ObjectRef:

@@ -130,16 +130,17 @@ def head(number: int) -> bytes:
     return HEAD.pack(number)
 
 
-def read(descriptor: int, table: bytes | memoryview, ended: Callable[[int], object] | None = None) -> list[memoryview]:
+def read(descriptor: int, table: bytes | memoryview, ended: Callable[[int], object] | None = None,
+         size: int = 0) -> list[memoryview]:
     """The parts of a segment, mapped copy-on-write: no copy is made, and what the reader writes is its own.
 
     The caller still owns the descriptor and may close it at once. The mapping ends with the last view of it; then
     `ended` is called with the segment's number, in whichever thread that happens, if the number is not 0; with SEEN
-    added if this process was forked meanwhile.
+    added if this process was forked meanwhile. `size` is the segment's, where it is known.
     """
     (number,) = HEAD.unpack_from(table)
     parts = list(_PART.iter_unpack(table[HEAD.size:]))
-    mapping = _map(descriptor) if len(_mapped) < MAX_MAPPED else None
+    mapping = _map(descriptor, size) if len(_mapped) < MAX_MAPPED else None
     if mapping is None:
         view = _copy(descriptor, max((offset + length for offset, length in parts), default=0))
         if ended is not None and number:
@@ -156,9 +157,9 @@ def parts_of(view: memoryview, table: bytes | memoryview) -> list[memoryview]:
     return [view[offset:offset + length] for offset, length in _PART.iter_unpack(table[HEAD.size:])]
 
 
-def _map(descriptor: int) -> mmap.mmap | None:
+def _map(descriptor: int, size: int) -> mmap.mmap | None:
     try:
-        return mmap.mmap(descriptor, os.fstat(descriptor).st_size, access=mmap.ACCESS_COPY)
+        return mmap.mmap(descriptor, size or os.fstat(descriptor).st_size, access=mmap.ACCESS_COPY)
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import zlib
+from multiprocessing import process
 
 from dpool.cluster.store import segments
 from dpool.cluster.store.ledger import Ledger
@@ -30,6 +31,8 @@ WARM_SHARE = 0.5
 TIDY_EVERY_S = 5.0
 # With less than this of the machine's memory available nothing is kept warm.
 SHORT_SHARE = 0.05
+# First parts up to this size are kept beside the segment, too.
+HEAD_BYTES = 4096
 
 
 class Spill:
@@ -93,7 +96,7 @@ class Stored:
     value refers to."""
 
     __slots__ = ("key", "nbytes", "table", "segment", "number", "spill", "inner", "owned", "refs",
-                 "origin", "inherited")
+                 "origin", "inherited", "head")
 
     def __init__(self, key: bytes, nbytes: int, table: bytes, segment: Segment | None, number: int,
                  inner: Sequence[Any], owned: bool) -> None:
@@ -108,7 +111,26 @@ class Stored:
         self.refs = 0  # handles in this process
         # Of an object that was here when this process was forked: where the parent has it (pid, descriptor, inode).
         self.origin: tuple[int, int, int] | None = None
+        self.head: bytes | None = None  # the first part, if it is small: reading it where it lies costs a page fault
         self.inherited = 0  # handles among `refs` that this process has from its parent: they hold nothing
+
+
+class _Lock:
+    """A lock whose holder, when it lets go, sees to the notes that others left meanwhile."""
+
+    __slots__ = ("lock", "_store")
+
+    def __init__(self, store: Store) -> None:
+        self.lock = threading.Lock()
+        self._store = store
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+        if self._store._notes:
+            self._store._heed()
 
 
 class Store:
@@ -117,11 +139,12 @@ class Store:
     def __init__(self, limit: int, spill_dir: str) -> None:
         # Guards all that follows. Finalizers never take it: they may run in a thread that holds it, so they leave a
         # note in _notes, which whoever has the lock works off.
-        self._lock = threading.Lock()
+        self._lock = _Lock(self)
         self._notes: collections.deque[Callable[[], None]] = collections.deque()
-        self.ledger = Ledger(limit, 0)  # nothing is kept warm before there is a group to use it
+        self.ledger = Ledger(limit, 0)  # nothing is kept warm before there is a use for it
         self.spill_dir = spill_dir
         self._groups = 0
+        self._tidier: threading.Thread | None = None
         self._segments: dict[int, Segment] = {}
         self.objects: dict[bytes, Stored] = {}
 
@@ -145,10 +168,34 @@ class Store:
         with self._lock:
             self._work_off()
             self._groups -= 1
+            if not self._groups:
+                self._give_back(self.ledger.cool(float("inf")))
             self._set_warm_limit()
 
+    def _keep_warm_alone(self) -> None:
+        """Keep segments warm without a group, too, for a program that puts one object after the other; a thread gives
+        them back when it pauses. Not in workers: what they put is sent away."""
+        if self._tidier is None and process.parent_process() is None:
+            tidier = threading.Thread(target=self._tidy_alone, name="dpool-store", daemon=True)
+            try:
+                tidier.start()
+            except RuntimeError:  # the interpreter is ending, or may have no more threads
+                return
+            self._tidier = tidier
+            self._set_warm_limit()
+
+    def _tidy_alone(self) -> None:
+        while True:
+            time.sleep(TIDY_EVERY_S)
+            self.tidy()
+            with self._lock:
+                if not self.ledger.warm or self._groups:
+                    self._tidier = None
+                    self._set_warm_limit()
+                    return
+
     def _set_warm_limit(self) -> None:
-        limit = int(self.ledger.limit * WARM_SHARE) if self._groups else 0
+        limit = int(self.ledger.limit * WARM_SHARE) if self._groups or self._tidier is not None else 0
         if self.ledger.warm > limit:
             self._give_back(self.ledger.cool(float("inf")))
         self.ledger.warm_limit = limit
@@ -261,6 +308,10 @@ class Store:
                 raise
             self.ledger.put(key, number, nbytes, time.monotonic())
             stored = self.objects[key] = Stored(key, nbytes, table, segment, number, inner, True)
+            if type(parts[0]) is bytes and len(parts[0]) <= HEAD_BYTES:
+                stored.head = parts[0]
+            if not self._groups:
+                self._keep_warm_alone()
         return stored
 
     def take_over(self, key: bytes, nbytes: int, table: bytes, descriptor: int) -> Stored:
@@ -306,12 +357,12 @@ class Store:
             table = segments.head(1) + stored.table[8:]
             self.ledger.view(key, 1, time.monotonic())
             try:
-                return segments.read(segment.descriptor, table, lambda number: self._note_view(key, number))
+                return segments.read(segment.descriptor, table, lambda _: self._note_view(key), segment.size)
             except BaseException:
                 self.ledger.view(key, -1, time.monotonic())
                 raise
 
-    def _note_view(self, key: bytes, number: int) -> None:
+    def _note_view(self, key: bytes) -> None:
         self._note(lambda: self.ledger.view(key, -1, time.monotonic()))
 
     def note_fork(self) -> None:
@@ -443,12 +494,16 @@ class Store:
 
     def _note(self, note: Callable[[], None]) -> None:
         self._notes.append(note)
-        # Whoever has the lock looks again after letting go of it, or the next one does.
-        while self._notes and self._lock.acquire(blocking=False):
+        self._heed()
+
+    def _heed(self) -> None:
+        """Work off the notes, unless somebody has the lock, who will look again after letting go of it."""
+        lock = self._lock.lock
+        while self._notes and lock.acquire(blocking=False):
             try:
                 self._work_off()
             finally:
-                self._lock.release()
+                lock.release()
 
     def _work_off(self) -> None:
         while self._notes:
