@@ -2,7 +2,7 @@
 
 Judges nothing itself: see joblib_suite. Tests of dpool's own are in tests/test_joblib.py. Called by pytest, in CI too.
 
-The control runs over every fourth test, or over all if DPOOL_COMPAT_FULL is set.
+The control runs over every eighth test, or over all if DPOOL_COMPAT_FULL is set.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def test_dpool_passes_joblibs_own_tests() -> None:
 
 
 def test_loky_passes_them_unmodified() -> None:
-    judged = suite.run("loky", [], JOBS, every=1 if os.environ.get("DPOOL_COMPAT_FULL") else 4)
+    judged = suite.run("loky", [], JOBS, every=1 if os.environ.get("DPOOL_COMPAT_FULL") else 8)
     assert not _failed(judged), _failed(judged)
-    assert len([test for test in judged if test.verdict == "passed"]) > 60
+    assert len([test for test in judged if test.verdict == "passed"]) > 30
 
 
 def test_a_backend_that_cannot_run_anything_passes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

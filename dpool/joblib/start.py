@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+# What joblib and NumPy import of the standard library: half of what a worker takes to start. NumPy itself is not among
+# them: it reads the worker's environment while it is imported, and may start threads.
+_PRELOADED = ("asyncio", "concurrent.futures.process", "ctypes", "decimal", "inspect", "json", "logging",
+              "multiprocessing.pool", "pprint", "shutil", "subprocess", "tempfile", "uuid", "random")
+
+
 class _Server(forkserver.ForkServer):
     """A fork server that has loaded what every worker loads, and nothing of the program."""
 
@@ -50,7 +56,7 @@ class _Popen(popen_forkserver.Popen):
         preparation.pop("init_main_from_path", None)
         if preparation.get("start_method") not in multiprocessing.get_all_start_methods():
             preparation.pop("start_method", None)  # one that joblib's loky has added, in its own processes only
-        _server.preload(process_obj._target.__module__, __name__)
+        _server.preload(process_obj._target.__module__, __name__, *_PRELOADED)
         message = io.BytesIO()
         context.set_spawning_popen(self)
         try:
