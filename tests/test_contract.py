@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
@@ -552,6 +553,27 @@ def test_the_end_may_come_twice_and_in_any_order(house: House, calls: str) -> No
 def test_a_group_in_which_nothing_happened_ends(house: House) -> None:
     for options in ({}, {"on_demand": True}):
         end(house.open(**options))
+
+
+@every_engine
+def test_a_group_that_has_ended_writes_to_no_descriptor(house: House) -> None:
+    """Whatever is done with it; another descriptor may have got the number of one of its own."""
+    group = house.open()
+    outcome = Outcomes()
+    job = group.submit_many(deeds.double, range(10), MAP, outcome)
+    stream = group.open_stream(deeds.double, MAP, Outcomes())
+    group.terminate()
+    assert group.join(PATIENCE_S)
+    others = [end for _ in range(20) for end in socket.socketpair()]
+    for call_ in (group.close, group.terminate, stream.seal, lambda: stream.push(1), lambda: group.cancel(job),
+                  lambda: group.stop(job), lambda: group.attend(job), group.join):
+        call_()
+    for end_ in others:
+        end_.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            end_.recv(100)
+    for end_ in others:
+        end_.close()
 
 
 # -- workers

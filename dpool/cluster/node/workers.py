@@ -25,6 +25,7 @@ from multiprocessing import util
 from dpool.cluster.node.supervisor import Supervisor
 from dpool.cluster.store import segments
 from dpool.cluster.wire import frames
+from dpool.cluster.wire.bell import Bell
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.events import DEATH, MESSAGE
 from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, TRACE_BYTES, Handle, page_bytes, trace_offset
@@ -77,17 +78,17 @@ class Workers:
         self._reused: dict[int, bool] = {}
         self.splits = self._can_split()
         self.shares_memory = True
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bell: Bell | None = Bell()
         self._poll = select.epoll()
         self._poll.register(self.results, select.EPOLLIN)
-        self._poll.register(self._wake, select.EPOLLIN)
+        self._poll.register(self._bell.descriptor, select.EPOLLIN)
         self._results_fd = self.results.fileno()
         self._views = [memoryview(bytearray(frames.RECEIVE_BYTES))]
-        # For receive_alone(), made when it is first needed: what it waits with, what it receives into, and an eventfd
+        # For receive_alone(), made when it is first needed: what it waits with, what it receives into, and the bell
         # that ends the waiting.
         self._alone: Any = None
         self._alone_views = self._views
-        self._leave = -1
+        self._leave: Bell | None = None
         _all.add(self)
 
     def _can_split(self) -> bool:
@@ -201,10 +202,9 @@ class Workers:
 
     def wake(self) -> None:
         """Make the current or next poll() return."""
-        try:
-            os.eventfd_write(self._wake, 1)
-        except OSError:
-            pass  # closed: nobody polls any more
+        bell = self._bell
+        if bell is not None:  # else nobody polls any more
+            bell.ring()
 
     def poll(self, timeout: float | None) -> Sequence[tuple[int, Any, list[int]]]:
         """What has happened, messages before deaths; waits for it up to `timeout` seconds, for ever if None. A message
@@ -225,9 +225,11 @@ class Workers:
 
     def _events(self, ready: list[tuple[int, int]]) -> Iterator[tuple[int, Any, list[int]]]:
         dead: list[int] = []
+        bell = self._bell
+        assert bell is not None
         for descriptor, _ in ready:
-            if descriptor == self._wake:
-                os.eventfd_read(self._wake)
+            if descriptor == bell.descriptor:
+                bell.silence()
             elif descriptor != self._results_fd:
                 dead.append(descriptor)
         if dead or len(ready) > 1:
@@ -243,16 +245,13 @@ class Workers:
 
     def lead(self) -> None:
         """From here on poll() sees no results; receive_alone() does."""
-        if self._alone is None:
-            self._leave = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        if self._leave is None:
+            self._leave = Bell()
             self._alone_views = [memoryview(bytearray(frames.RECEIVE_BYTES))]
             self._alone = select.poll()
             self._alone.register(self._results_fd, select.POLLIN)
-            self._alone.register(self._leave, select.POLLIN)
-        try:
-            os.eventfd_read(self._leave)
-        except BlockingIOError:
-            pass
+            self._alone.register(self._leave.descriptor, select.POLLIN)
+        self._leave.silence()
         self._poll.modify(self._results_fd, 0)
 
     def receive_alone(self) -> tuple[int, memoryview, list[int]] | None:
@@ -267,9 +266,10 @@ class Workers:
 
     def follow(self) -> None:
         """poll() sees results again, receive_alone() returns."""
-        if not self._closed:
+        leave = self._leave
+        if not self._closed and leave is not None:
             self._poll.modify(self._results_fd, select.EPOLLIN)
-            os.eventfd_write(self._leave, 1)
+            leave.ring()
 
     def _receive(self, views: list[memoryview]) -> tuple[int, memoryview, list[int]] | None:
         try:
@@ -399,10 +399,9 @@ class Workers:
             self._closed = True
             _all.discard(self)
             self._poll.close()
-            for descriptor in (self._lifeline, self._lifeline_end, self._page_fd, self._wake, *self._pidfds):
+            for descriptor in (self._lifeline, self._lifeline_end, self._page_fd, *self._pidfds):
                 os.close(descriptor)
-            if self._leave >= 0:
-                os.close(self._leave)
+            self._bell = self._leave = None
             for end in (self.tasks, self._tasks_end, self.results, self._results_end):
                 end.close()
             self.page.release()

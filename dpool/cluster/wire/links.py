@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from dpool.cluster.wire.bell import Bell
 from dpool.cluster.wire.keys import AGENT, DRIVER, Keys
 
 # A frame is a control message, a batch, or a chunk of a segment: nothing is larger.
@@ -266,8 +267,8 @@ class Waker:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._event, select.EPOLLIN)
+        self._bell: Bell | None = Bell()
+        self._epoll.register(self._bell.descriptor, select.EPOLLIN)
 
     def add(self, descriptors: Sequence[int]) -> None:
         for descriptor in descriptors:
@@ -282,21 +283,21 @@ class Waker:
 
     def wake(self) -> None:
         """Make the current or next wait() return. Any thread may."""
-        try:
-            os.eventfd_write(self._event, 1)
-        except OSError:
-            pass  # closed: nobody waits any more
+        bell = self._bell
+        if bell is not None:  # else nobody waits any more
+            bell.ring()
 
     def wait(self, timeout: float | None) -> set[int]:
         """The descriptors that are readable, after at most `timeout` seconds, or never if None."""
         ready = {descriptor for descriptor, _ in self._epoll.poll(-1 if timeout is None else max(timeout, 0))}
-        if self._event in ready:
-            os.eventfd_read(self._event)
+        bell = self._bell
+        if bell is not None and bell.descriptor in ready:
+            bell.silence()
         return ready
 
     def close(self) -> None:
         self._epoll.close()
-        os.close(self._event)
+        self._bell = None
 
 
 def local_host(towards: str) -> str:
