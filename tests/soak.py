@@ -211,13 +211,16 @@ def main() -> None:
     warm.end()
     before = rss_mib()
     soak = Soak(options.seed + 1, options.methods)
-    until = time.monotonic() + options.minutes * 60
-    while time.monotonic() < until:
+    started = time.monotonic()
+    seen = [before]
+    while (passed := time.monotonic() - started) < options.minutes * 60:
+        if passed > 60 * len(seen):
+            seen.append(rss_mib())
         soak.step()
     soak.end()
     census.check()
     print(f"{sum(soak.done.values())} deeds: {dict(sorted(soak.done.items()))}")
-    print(f"nothing is left; resident memory {before} MiB before, {rss_mib()} MiB after")
+    print(f"nothing is left; resident memory in MiB, each minute: {seen}, at the end: {rss_mib()}")
 
 
 if __name__ == "__main__":
