@@ -103,19 +103,27 @@ def _services() -> set[int]:
     return {pid for pid in pids if pid is not None}
 
 
+def identity(descriptor: int) -> tuple[int, int]:
+    """Of what it is a descriptor of."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
 def descriptors() -> dict[int, str]:
     """The open descriptors of this process and what they are, but for segments that the store keeps warm."""
     from dpool.cluster.store import store
 
+    # By inode: a mapping of Python's has a descriptor of its own.
     with store.current()._lock:
-        kept = {segment.descriptor for segment in store.current()._segments.values()}
+        kept = {identity(segment.descriptor) for segment in store.current()._segments.values()}
     found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+            if identity(int(name)) not in kept:
+                found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
         except OSError:  # the descriptor of the listing itself
             continue
-    return {number: what for number, what in found.items() if number not in kept}
+    return found
 
 
 class Census:
