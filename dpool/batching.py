@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-# Longer: fewer messages. Shorter: tasks stay cancellable longer and stragglers hurt less.
-BATCH_RUN_TIME_NS = 1_000_000
+# What a batch is to take. Longer: fewer messages. Shorter: calls can be cancelled longer, and results come sooner.
+CALLS_RUN_TIME_NS = 1_000_000
+# Of one map: nobody cancels single items of it, and those that nobody has begun are taken back when a worker idles.
+MAP_RUN_TIME_NS = 4_000_000
 
 # More: fewer messages for the smallest tasks. Fewer: less is lost, and run again, when a worker dies.
 MAX_BATCH_TASKS = 512
@@ -20,7 +22,8 @@ STEAL_AFTER_S = 0.005
 STEAL_RECHECK_S = 0.05
 
 
-def batch_size(estimate_ns: int | None, queued: int, workers: int, cap: int = MAX_BATCH_TASKS) -> int:
+def batch_size(estimate_ns: int | None, queued: int, workers: int, cap: int = MAX_BATCH_TASKS,
+               run_time_ns: int = CALLS_RUN_TIME_NS) -> int:
     """How many tasks the next batch takes: at least 1, at most `cap`.
 
     `estimate_ns` is the measured run time of one task, None as long as none has finished: then tasks go one by one.
@@ -29,7 +32,7 @@ def batch_size(estimate_ns: int | None, queued: int, workers: int, cap: int = MA
     """
     if estimate_ns is None:
         return 1
-    by_time = BATCH_RUN_TIME_NS // max(estimate_ns, 1)
+    by_time = run_time_ns // max(estimate_ns, 1)
     by_share = queued // (CREDITS_PER_WORKER * max(workers, 1))
     return max(1, min(by_time, by_share, cap))
 

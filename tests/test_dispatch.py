@@ -115,9 +115,16 @@ def test_without_workers_nothing_is_sent() -> None:
     assert dispatch.next_batch(0.0) is not None
 
 
-def test_short_tasks_travel_together_for_about_a_millisecond() -> None:
+def test_short_tasks_of_a_map_travel_together_for_about_four_milliseconds() -> None:
     dispatch = Dispatch(workers=1)
-    dispatch.add(many(range(1000), known(50_000)))
+    dispatch.add(many(range(1000), known(200_000)))
+    assert take(dispatch).stop == 20
+
+
+def test_short_calls_travel_together_for_about_a_millisecond() -> None:
+    dispatch = Dispatch(workers=1)
+    for number in range(1000):
+        dispatch.add(call(number, known(50_000)))
     assert take(dispatch).stop == 20
 
 
@@ -218,7 +225,7 @@ def test_a_batch_of_which_nothing_ran_says_nothing_about_time() -> None:
 
 def test_a_theft_raises_the_estimate_to_the_time_the_batch_has_taken() -> None:
     dispatch = Dispatch(workers=1)
-    job = many(range(100), known(100_000))
+    job = many(range(100), known(400_000))
     dispatch.add(job)
     batch = take(dispatch)
     dispatch.stolen(batch.number, batch.stop - 1, now=1.0)
@@ -315,7 +322,7 @@ def test_cancel_after_the_end_drops_nothing_a_second_time() -> None:
 
 def test_a_batch_that_could_not_be_sent_is_the_next_one_again() -> None:
     dispatch = Dispatch(workers=1)
-    dispatch.add(many(range(100), known(500_000)))
+    dispatch.add(many(range(100), known(2_000_000)))
     batch = take(dispatch)
     assert batch.items() == [0, 1]
     dispatch.unsend(batch)
@@ -326,7 +333,7 @@ def test_a_batch_that_could_not_be_sent_is_the_next_one_again() -> None:
 
 def test_tasks_that_were_not_run_come_before_those_never_sent() -> None:
     dispatch = Dispatch(workers=1)
-    dispatch.add(many(range(100), known(250_000)))
+    dispatch.add(many(range(100), known(1_000_000)))
     batch = take(dispatch)
     assert batch.items() == [0, 1, 2, 3]
     dispatch.report(batch.number, 0, 2)
@@ -368,7 +375,7 @@ def test_a_report_that_repeats_itself_is_not_wanted() -> None:
 
 def test_the_refused_tasks_of_a_batch_are_dropped_and_the_others_sent() -> None:
     dispatch = Dispatch(workers=1)
-    job = many(range(100), known(250_000))
+    job = many(range(100), known(1_000_000))
     dispatch.add(job)
     batch = take(dispatch)
     assert dispatch.drop(batch, [1, 3]) == [(job, 1), (job, 3)]
@@ -404,7 +411,7 @@ def test_a_batch_of_which_every_task_is_refused_frees_its_credit() -> None:
 
 def test_a_death_is_laid_on_the_task_that_ran() -> None:
     dispatch = Dispatch(workers=1)
-    job = many(range(100), known(250_000))
+    job = many(range(100), known(1_000_000))
     dispatch.add(job)
     batch = take(dispatch)
     dispatch.report(batch.number, 0, 1)
@@ -416,7 +423,7 @@ def test_a_death_is_laid_on_the_task_that_ran() -> None:
 
 def test_a_death_between_tasks_is_nobodys_fault() -> None:
     dispatch = Dispatch(workers=1)
-    dispatch.add(many(range(100), known(250_000)))
+    dispatch.add(many(range(100), known(1_000_000)))
     batch = take(dispatch)
     dispatch.report(batch.number, 0, 4)
     assert dispatch.died(batch.number, 3) is None
@@ -449,7 +456,7 @@ def test_a_task_whose_worker_dies_is_run_again_as_often_as_allowed(job: Job) -> 
 
 def test_what_is_stopped_is_dropped_where_it_waits_and_named_where_it_runs() -> None:
     dispatch = Dispatch(workers=1)
-    first, second = many(range(100), known(250_000)), many(range(2))
+    first, second = many(range(100), known(1_000_000)), many(range(2))
     dispatch.add(first)
     dispatch.add(second)
     batch = take(dispatch)
@@ -474,7 +481,7 @@ def test_a_stopped_task_is_not_run_again_whatever_the_retries() -> None:
 
 def test_a_task_whose_worker_was_ended_because_of_another_one_is_run_again() -> None:
     dispatch = Dispatch(workers=1)
-    timing = known(250_000)
+    timing = known(1_000_000)
     jobs = [call(value, timing) for value in range(8)]
     for job in jobs:
         dispatch.add(job)
@@ -595,7 +602,7 @@ def test_a_theft_from_a_batch_that_is_gone_changes_nothing() -> None:
 
 def test_abandon_names_every_task_without_an_outcome_once() -> None:
     dispatch = Dispatch(workers=1)
-    job, open_job = many(range(100), known(250_000)), stream()
+    job, open_job = many(range(100), known(1_000_000)), stream()
     dispatch.add(job)
     dispatch.add(open_job)
     batch = take(dispatch)

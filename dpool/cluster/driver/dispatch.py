@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from collections import deque
 
-from dpool.batching import CREDITS_PER_WORKER, MAX_BATCH_TASKS, STEAL_AFTER_S, STEAL_RECHECK_S, batch_size, blend
+from dpool.batching import (
+    CALLS_RUN_TIME_NS,
+    CREDITS_PER_WORKER,
+    MAP_RUN_TIME_NS,
+    MAX_BATCH_TASKS,
+    STEAL_AFTER_S,
+    STEAL_RECHECK_S,
+    batch_size,
+    blend,
+)
+from dpool.engine import CALL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -186,7 +196,8 @@ class Dispatch:
         if not queue or not self.has_credit:
             return None
         job = queue[0]
-        size = batch_size(job.timing.estimate_ns, self.queued, self.workers, self.max_batch)
+        size = batch_size(job.timing.estimate_ns, self.queued, self.workers, self.max_batch,
+                          CALLS_RUN_TIME_NS if job.mode == CALL else MAP_RUN_TIME_NS)
         jobs: list[Job] | None = None
         if job.returned:
             first, stop = job.returned.popleft()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # A message up to this size goes through the socket; what is larger goes through a segment. Larger: fewer segments.
 # Smaller: more messages fit into the socket buffer, whose default is 208 KiB for all in flight.
-INLINE_MAX_BYTES = 32 * 1024
+INLINE_MAX_BYTES = 64 * 1024
 
 # What both ends allocate to receive into: an inline body, an inline function, and the headers.
 RECEIVE_BYTES = 4 * INLINE_MAX_BYTES
