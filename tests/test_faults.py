@@ -116,7 +116,7 @@ def opened(fifo: str, text: str = "") -> Iterator[int]:
 
 
 def read_pids(fifo: str) -> list[int]:
-    """Wait until a worker has written a line to the FIFO."""
+    """Wait until a worker has written a line to the FIFO. A second writer may find nobody there: it wants `opened`."""
     with opened(fifo) as descriptor:
         return [int(word) for word in read_line(descriptor).split()]
 
@@ -492,8 +492,8 @@ def test_ctrl_c_ends_a_driver_that_does_not_catch_it_and_only_the_driver_prints(
         wait: str, method: str, tmp_path: Path) -> None:
     """Row 19."""
     fifo = make_fifo(tmp_path / "fifo")
-    with Driver(method, wait.format(fifo=fifo), tmp_path) as driver:
-        read_pids(fifo)
+    with opened(fifo) as told, Driver(method, wait.format(fifo=fifo), tmp_path) as driver:
+        read_line(told)
         os.killpg(driver.pid, signal.SIGINT)
         out, err, code = driver.rest()
         assert out == ""
@@ -841,16 +841,17 @@ def test_terminate_with_a_full_socket_and_a_queue_returns(method: str, tmp_path:
     """Row 50: ten thousand large tasks wait, both workers are busy."""
     fifo = make_fifo(tmp_path / "fifo")
     census = Census()
-    pool = Pool(2, context=get_context(method))
-    try:
-        stuck = [pool.apply_async(deeds.tell_and_hold_gil, (fifo,)) for _ in range(2)]
-        queued = pool.map_async(deeds.identity, [bytes(20_000)] * 10_000, chunksize=1)
-        read_pids(fifo)
-    finally:
-        ended = threading.Thread(target=pool.terminate, daemon=True)
-        ended.start()
-        ended.join(PATIENCE_S)
-        assert not ended.is_alive()
+    with opened(fifo) as told:
+        pool = Pool(2, context=get_context(method))
+        try:
+            stuck = [pool.apply_async(deeds.tell_and_hold_gil, (fifo,)) for _ in range(2)]
+            queued = pool.map_async(deeds.identity, [bytes(20_000)] * 10_000, chunksize=1)
+            assert len({read_line(told) for _ in stuck}) == len(stuck)
+        finally:
+            ended = threading.Thread(target=pool.terminate, daemon=True)
+            ended.start()
+            ended.join(PATIENCE_S)
+            assert not ended.is_alive()
     for result in (*stuck, queued):
         with pytest.raises(GroupTerminated):
             result.get(PATIENCE_S)
