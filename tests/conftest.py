@@ -1,4 +1,7 @@
-"""Owns the limit of time of every test here: one that hangs fails, and the others go on. Loaded by pytest."""
+"""Owns the limit of time of every test here: one that hangs fails, and the others go on. Loaded by pytest.
+
+A test that is long by design is marked with a limit of its own: @pytest.mark.limit(seconds).
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,21 @@ import pytest
 TEST_LIMIT_S = 150
 
 
-def _late(*_: object) -> None:
-    raise TimeoutError(f"the test has taken more than {TEST_LIMIT_S} s")
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "limit(seconds): how long the test may take, if it is long by design")
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A hang ends as TimeoutError in the main thread. Timers are not inherited by processes."""
-    before = signal.signal(signal.SIGALRM, _late)
-    signal.alarm(TEST_LIMIT_S)
+    own = item.get_closest_marker("limit")
+    limit = int(own.args[0]) if own is not None else TEST_LIMIT_S
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"the test has taken more than {limit} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(limit)
     try:
         return (yield)
     finally:

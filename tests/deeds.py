@@ -232,9 +232,9 @@ def tell_and_hold_gil(fifo: str) -> None:
     re.match(r"(a|a)*$", "a" * 64 + "b")
 
 
-def tell_and_start_children(fifo: str, session: bool = False) -> None:
+def tell_and_start_children(fifo: str) -> None:
     """Leave a child behind that would live for ages; never return."""
-    child = subprocess.Popen(["sleep", "600"], start_new_session=session)
+    child = subprocess.Popen(["sleep", "600"])
     with open(fifo, "w") as file:
         file.write(f"{os.getpid()} {child.pid}\n")
     threading.Event().wait()

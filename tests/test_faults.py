@@ -446,6 +446,21 @@ def test_a_killed_worker_takes_its_children_along(method: str, tmp_path: Path) -
             result.get(PATIENCE_S)
 
 
+def test_a_daemon_that_a_task_starts_lives_on_as_with_the_stdlib_and_holds_nothing_up(method: str) -> None:
+    """Row 44: who moves a process into a session of its own wants it to stay. Nothing waits for it."""
+    with sturdy_pool(method) as pool:
+        daemon = pool.apply(deeds.start_daemon)
+    try:
+        # Its worker has ended, and everything of the worker's; sturdy_pool has counted.
+        descriptor = os.pidfd_open(daemon)
+        with os.fdopen(descriptor, "rb"):
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            assert not poll.poll(0)
+    finally:
+        os.kill(daemon, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("ending, code", [("sys.exit(5)", 5), ("raise SystemExit", 0), ("pass", 0)])
 def test_a_driver_that_exits_with_tasks_pending_keeps_its_code_and_says_nothing(
         method: str, ending: str, code: int, tmp_path: Path) -> None:
