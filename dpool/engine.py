@@ -77,16 +77,17 @@ class GroupSpec:
     context's `Process`. `on_broken`: called once, by the I/O thread, when the group has broken.
     `all_cpus`: the door was not told how many workers, so a cluster may give it as many as it has CPUs.
     `break_on_death`: one dead worker breaks the group, as ProcessPoolExecutor promises.
+    `resources`: what each worker takes of its machine, as dpool.resources.parse() returns it.
     """
 
     __slots__ = ("processes", "context", "initializer", "initargs", "max_tasks", "retries", "on_demand", "worker_name",
-                 "daemon", "start_process", "break_on_death", "all_cpus")
+                 "daemon", "start_process", "break_on_death", "all_cpus", "resources")
 
     def __init__(self, processes: int, context: BaseContext, initializer: Callable[..., object] | None = None,
                  initargs: Iterable[Any] = (), max_tasks: int | None = None, retries: int = 0,
                  on_demand: bool = False, worker_name: str = "PoolWorker", daemon: bool = True,
                  start_process: Callable[..., Any] | None = None, break_on_death: bool = False,
-                 all_cpus: bool = False) -> None:
+                 all_cpus: bool = False, resources: dict[str, float] | None = None) -> None:
         self.processes = processes
         self.context = context
         self.initializer = initializer
@@ -99,6 +100,7 @@ class GroupSpec:
         self.start_process = start_process
         self.break_on_death = break_on_death
         self.all_cpus = all_cpus
+        self.resources = resources or {}
 
 
 class WorkerGroup(Protocol):

@@ -11,6 +11,7 @@ from multiprocessing import process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from dpool.engine import Engine
@@ -77,14 +78,20 @@ def _make(address: str | None, key: str | os.PathLike[str] | None) -> Any:
     return ClusterEngine(address, key)
 
 
-def default_processes() -> int:
-    """How many workers a door has that was not told how many: the CPUs of this machine, or of the cluster."""
-    engine = current()
+def default_processes(needs: Mapping[str, float] | None = None) -> int:
+    """How many workers a door has that was not told how many: the CPUs of this machine, or of the cluster; fewer if
+    each has `needs` of which there is not so much. At least 1."""
+    engine: Any = current()
     cpus = getattr(engine, "cpus", None)
     if cpus is not None:
-        return int(cpus())
-    count = getattr(os, "process_cpu_count", os.cpu_count)
-    return count() or 1
+        count = int(cpus())
+    else:
+        count = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    if needs:
+        count = int(count / needs.get("cpus", 1.0))
+        room = engine.room(needs) if hasattr(engine, "room") else None
+        count = count if room is None else min(count, room)
+    return max(count, 1)
 
 
 def check_processes(processes: int) -> None:

@@ -163,6 +163,17 @@ def test_terminate_ends_what_runs(driver: Cluster, tmp_path: Path) -> None:
             result.get()
 
 
+def test_a_long_task_holds_up_no_result_that_is_there(driver: Cluster, tmp_path: Path) -> None:
+    with deeds.Gate(tmp_path) as gate, Pool(1) as pool:
+        pool.map(deeds.short_or_wait, [None] * 1000)
+        items: list[Any] = [None] * 400
+        items.insert(100, gate.args)
+        results = pool.imap_unordered(deeds.short_or_wait, items)
+        assert [results.next(60) for _ in range(100)] == ["short"] * 100
+        gate.open()
+        assert sorted(results) == ["open"] + ["short"] * 300
+
+
 def test_maxtasksperchild(driver: Cluster) -> None:
     with Pool(1, maxtasksperchild=2) as pool:
         assert len(set(pool.map(deeds.pid_of_worker, range(6), chunksize=1))) == 3

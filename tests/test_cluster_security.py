@@ -23,6 +23,7 @@ import zmq
 from clusters import ROOT, Cluster, Driver, until
 
 from dpool.cluster.head.server import Head
+from dpool.cluster.node import machine
 from dpool.cluster.node.agent import Agent
 from dpool.cluster.wire import keys as cluster_keys
 from dpool.cluster.wire import links, messages, sessions
@@ -388,4 +389,4 @@ def test_an_address_that_is_taken_names_it(cluster: Cluster) -> None:
     with pytest.raises(OSError, match=f"cannot listen on {cluster.address}"):
         Head(cluster.keys, cluster.address, print)
     with pytest.raises(OSError, match=f"cannot listen on {cluster.address}"):
-        Agent(cluster.keys, cluster.address, cluster.address, 1, print)
+        Agent(cluster.keys, cluster.address, cluster.address, 1, machine.stock(), print)

@@ -15,13 +15,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Room -> the rooms it may import. A room that is missing here has no floor yet: say where it stands.
-BASE = {"dpool", "engine", "errors", "batching"}  # `dpool` itself is the version number, to those who import it
+BASE = {"dpool", "engine", "errors", "batching", "resources"}  # `dpool` itself is the version number, to others
 WIRE = BASE | {"cluster.wire"}
 STORE = WIRE | {"cluster.store"}
 DOOR = BASE | {"session"}
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "batching": set(),
+    "resources": set(),
     "engine": {"errors"},
     "cluster": set(),
     "cluster.wire": WIRE,
@@ -46,7 +47,7 @@ FLOORS: dict[str, set[str]] = {
 }
 
 # The files that decide.
-PURE = ["dpool.errors", "dpool.batching", "dpool.engine", "dpool.cluster.driver.dispatch",
+PURE = ["dpool.errors", "dpool.batching", "dpool.resources", "dpool.engine", "dpool.cluster.driver.dispatch",
         "dpool.cluster.node.supervisor", "dpool.cluster.node.ledger", "dpool.cluster.head.membership",
         "dpool.cluster.store.ledger"]
 # What makes a file act. The files that decide may import nothing that imports these at its top, either.

@@ -155,12 +155,13 @@ def test_methods_have_the_signatures_of_the_running_python(ours: type, theirs: t
     assert parameters(getattr(ours, name)) == parameters(getattr(theirs, name))
 
 
-def test_constructors_have_the_signatures_of_the_running_python() -> None:
-    assert parameters(dpool.Pool) == parameters(multiprocessing.pool.Pool)
-    assert parameters(dpool.multiprocessing.Pool) == parameters(multiprocessing.Pool)
+def test_constructors_have_the_signatures_of_the_running_python_and_one_option_more() -> None:
+    more = [("resources", inspect.Parameter.KEYWORD_ONLY, None)]
+    assert parameters(dpool.Pool) == parameters(multiprocessing.pool.Pool) + more
+    assert parameters(dpool.multiprocessing.Pool) == parameters(multiprocessing.Pool) + more
     for method in get_all_start_methods():
         assert (parameters(dpool.multiprocessing.get_context(method).Pool)
-                == parameters(multiprocessing.get_context(method).Pool))
+                == parameters(multiprocessing.get_context(method).Pool) + more)
 
 
 def test_results_and_pools_are_the_standard_library_s_kinds() -> None:

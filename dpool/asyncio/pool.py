@@ -20,10 +20,11 @@ from dpool.asyncio.mailbox import Mailbox, mailbox_of
 from dpool.asyncio.worker import run_coroutine
 from dpool.engine import ABANDONED, MAP, STAR, Failure, GroupSpec
 from dpool.errors import GroupTerminated
+from dpool.resources import parse as parse_resources
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
     from multiprocessing.context import BaseContext
     from types import TracebackType
     from typing import Any
@@ -47,7 +48,8 @@ class Pool:
     `max_tasks_per_child`: a worker is replaced after so many calls. `context`: the multiprocessing context that starts
     them. `retries`: how often a call is run again whose worker died; then it fails with `dpool.errors.WorkerDied`, and
     the worker has been replaced. `kill`: cancelling an awaiting task also stops the call it waits for, by ending its
-    worker; otherwise a call that was begun is finished, and its result dropped.
+    worker; otherwise a call that was begun is finished, and its result dropped. `resources`: what each worker takes of
+    its machine beside a CPU, such as {"gpus": 1}; see docs/resources.md.
 
     Leaving the `async with` block waits for the calls that were made; leaving it by an exception ends them. Functions
     that are `async def` run in an event loop in the worker. A pool may be used from several loops.
@@ -55,9 +57,10 @@ class Pool:
 
     def __init__(self, processes: int | None = None, initializer: Callable[..., object] | None = None,
                  initargs: Iterable[Any] = (), *, max_tasks_per_child: int | None = None,
-                 context: BaseContext | None = None, retries: int = 0, kill: bool = False) -> None:
+                 context: BaseContext | None = None, retries: int = 0, kill: bool = False,
+                 resources: Mapping[str, float | str] | None = None) -> None:
         self._group: Any = None  # opened by the first call
-        self._spec = _spec(processes, initializer, initargs, max_tasks_per_child, context, retries)
+        self._spec = _spec(processes, initializer, initargs, max_tasks_per_child, context, retries, resources)
         self._kill = kill
         self._pid = os.getpid()
         self._state = "open"
@@ -535,12 +538,14 @@ def _is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
-def _spec(processes: Any, initializer: Any, initargs: Any, max_tasks: Any, context: Any, retries: Any) -> GroupSpec:
+def _spec(processes: Any, initializer: Any, initargs: Any, max_tasks: Any, context: Any, retries: Any,
+          resources: Any) -> GroupSpec:
     import multiprocessing
 
+    needs = parse_resources(resources)
     all_cpus = processes is None
     if processes is None:
-        processes = session.default_processes()
+        processes = session.default_processes(needs)
     if isinstance(processes, bool) or not hasattr(processes, "__index__"):
         raise TypeError(f"processes must be an int or None, not {type(processes).__name__}")
     processes = int(processes)
@@ -567,7 +572,7 @@ def _spec(processes: Any, initializer: Any, initargs: Any, max_tasks: Any, conte
     # Forking once threads run is what can deadlock, so where workers are forked all are at once.
     on_demand = context.get_start_method(allow_none=False) != "fork"
     return GroupSpec(processes, context, initializer, initargs, max_tasks, retries, on_demand, "AsyncWorker",
-                     all_cpus=all_cpus)
+                     all_cpus=all_cpus, resources=needs)
 
 
 def _close_group(group: Any, pid: int) -> None:

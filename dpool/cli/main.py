@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     node = add("node", _node, "Offer this machine's CPUs to a cluster.")
     node.add_argument("address", help="of the head: tcp://host:7077")
     node.add_argument("--cpus", type=_positive, metavar="N", help="how many workers it takes; default: all its CPUs")
+    node.add_argument("--gpus", type=int, metavar="N", help="how many GPUs it has; default: those that are found")
+    node.add_argument("--resources", metavar="NAME=N ...", help='what else it has, for instance "licence=2 tape=1"; '
+                                                                "default: DPOOL_RESOURCES")
     node.add_argument("--bind", metavar="ADDRESS", help="where to listen for drivers; default: any free port of the "
                                                         "interface that leads to the head")
     status = add("status", _status, "Show the nodes and drivers of a cluster.")
@@ -126,6 +129,7 @@ def _head(options: argparse.Namespace) -> int:
 
 
 def _node(options: argparse.Namespace) -> int:
+    from dpool.cluster.node import machine
     from dpool.cluster.node.agent import Agent
 
     keys = cluster_keys.find(options.key)
@@ -133,7 +137,7 @@ def _node(options: argparse.Namespace) -> int:
     # Each worker and each object that is kept takes descriptors.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    agent = Agent(keys, options.address, options.bind, cpus, _log)
+    agent = Agent(keys, options.address, options.bind, cpus, machine.stock(options.gpus, options.resources), _log)
     _until_told(agent.stop)
     agent.serve()
     if agent.refused:
@@ -182,12 +186,19 @@ def _status(options: argparse.Namespace) -> int:
     for node in report.nodes:
         _say(f"  node {node.node[:8]} {node.host} {' '.join(node.addresses)}: {node.cpus} CPUs, "
              f"{node.memory_bytes / 2**30:.1f} GiB, {node.workers} workers, {node.tasks_running} tasks running, "
-             f"{node.tasks_done} done")
+             f"{node.tasks_done} done" + _resources(node))
     for driver in report.drivers:
         workers = sum(sum(parts.values()) for parts in driver.groups.values())
         _say(f"  driver {driver.driver[:8]} {driver.host} process {driver.pid}: {len(driver.groups)} groups, "
              f"{workers} workers")
     return 0
+
+
+def _resources(node: messages.NodeReport) -> str:
+    """What it has beside CPUs and memory, and how much of it is taken."""
+    named = [f"{name} {node.resources_used.get(name, 0.0):g} of {amount:g}"
+             for name, amount in sorted(node.resources.items()) if name != "memory"]
+    return "".join(f", {text} taken" for text in named)
 
 
 def _stop(options: argparse.Namespace) -> int:

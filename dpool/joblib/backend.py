@@ -29,6 +29,7 @@ from dpool.joblib.arrays import Arrays
 from dpool.joblib.parcels import culprit, pack
 from dpool.joblib.start import CleanContext
 from dpool.joblib.worker import run, start_worker
+from dpool.resources import parse as parse_resources
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ SHORT_CALL_S = 0.02
 
 # What Parallel() and parallel_config() may pass on to this backend.
 _OPTIONS = frozenset(("prefer", "require", "verbose", "context", "temp_folder", "max_nbytes", "mmap_mode",
-                      "initializer", "initargs", "idle_worker_timeout", "maxtasksperchild"))
+                      "initializer", "initargs", "idle_worker_timeout", "maxtasksperchild", "resources"))
 
 
 class TaskWorkerDied(WorkerDied, BrokenProcessPool):
@@ -60,7 +61,8 @@ class DpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
 
     One instance may be named in parallel_config() and serve many Parallel objects: it holds nothing of any call, but
     makes each Parallel that uses it a backend of its own. Options, in Parallel() or parallel_config(): those of
-    joblib's own process backends, `idle_worker_timeout` in seconds, and `maxtasksperchild` (in batches).
+    joblib's own process backends, `idle_worker_timeout` in seconds, `maxtasksperchild` (in batches), and
+    `resources`, what each worker takes of its machine.
     """
 
     supports_retrieve_callback = True
@@ -246,12 +248,13 @@ class DpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
                 hashed.update(buffer)
             digest = hashed.digest()
         max_tasks = options.get("maxtasksperchild")
+        needs = parse_resources(options.get("resources"))
         # Workers look for modules where the program does, and work where it does: they must not be older than that.
         # They are another engine's after dpool.init().
         key = (session.current(), n_jobs, type(context), context.get_start_method(), tuple(environment.items()), digest,
-               max_tasks, tuple(sys.path), os.getcwd())
+               max_tasks, tuple(sys.path), os.getcwd(), tuple(needs.items()))
         return key, GroupSpec(n_jobs, context, start_worker, (environment, share, threads, first), max_tasks,
-                              on_demand=True, worker_name="JoblibWorker")
+                              on_demand=True, worker_name="JoblibWorker", resources=needs)
 
 
 _context = CleanContext()

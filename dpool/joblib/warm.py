@@ -12,6 +12,7 @@ import time
 from multiprocessing import util
 
 from dpool import session
+from dpool.resources import Lacking
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,10 +82,28 @@ class Shelf:
             if self._at_exit is None:
                 # Before multiprocessing's own, which ends all children one by one.
                 self._at_exit = util.Finalize(None, self.clear, exitpriority=20)
-        warm = Warm(engine.open_group(spec), engine, key, spec.processes, idle_timeout_s)
+        try:
+            group = engine.open_group(spec)
+        except Lacking:
+            if not self._end_idle():  # which may have what this one needs
+                raise
+            group = engine.open_group(spec)
+        warm = Warm(group, engine, key, spec.processes, idle_timeout_s)
         with self._changed:
             self._lent.add(warm)
         return warm
+
+    def _end_idle(self) -> bool:
+        """End the groups that wait for a call, and wait for their end; whether there were any."""
+        with self._changed:
+            groups = [warm.group for warm in self._idle]
+            self._idle.clear()
+            self._changed.notify()
+        for group in groups:
+            group.terminate()
+        for group in groups:
+            group.join(EXIT_TIMEOUT_S)
+        return bool(groups)
 
     def give_back(self, warm: Warm) -> None:
         """The call has ended, nothing of it is running: keep the group for the next."""

@@ -10,7 +10,7 @@ from multiprocessing import *  # noqa: F403
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from dpool.multiprocessing.pool import Pool as _Pool
@@ -33,22 +33,24 @@ def get_context(method: str | None = None) -> Any:  # type: ignore[no-redef]
 
 
 def Pool(processes: int | None = None, initializer: Callable[..., object] | None = None,  # type: ignore[no-redef]
-         initargs: Iterable[Any] = (), maxtasksperchild: int | None = None) -> _Pool:
+         initargs: Iterable[Any] = (), maxtasksperchild: int | None = None, *,
+         resources: Mapping[str, float | str] | None = None) -> _Pool:
     """A pool of worker processes: see dpool.multiprocessing.pool.Pool."""
     from dpool.multiprocessing.pool import Pool
 
-    return Pool(processes, initializer, initargs, maxtasksperchild, context=_stdlib.get_context())
+    return Pool(processes, initializer, initargs, maxtasksperchild, _stdlib.get_context(), resources=resources)
 
 
 class _ContextWithPool:
     """Added to a context of the standard library's."""
 
     def Pool(self, processes: int | None = None, initializer: Callable[..., object] | None = None,
-             initargs: Iterable[Any] = (), maxtasksperchild: int | None = None) -> _Pool:
+             initargs: Iterable[Any] = (), maxtasksperchild: int | None = None, *,
+             resources: Mapping[str, float | str] | None = None) -> _Pool:
         """A pool of worker processes started by this context: see dpool.multiprocessing.pool.Pool."""
         from dpool.multiprocessing.pool import Pool
 
-        return Pool(processes, initializer, initargs, maxtasksperchild, context=self)
+        return Pool(processes, initializer, initargs, maxtasksperchild, self, resources=resources)
 
     def get_context(self, method: str | None = None) -> Any:
         return self if method is None else get_context(method)

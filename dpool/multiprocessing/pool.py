@@ -36,6 +36,7 @@ from dpool.engine import (
     GroupSpec,
 )
 from dpool.errors import GroupTerminated
+from dpool.resources import parse as parse_resources
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,40 +67,51 @@ class Pool(_stdlib.Pool):
     promise kept where the standard library's pool hangs: a worker that dies fails the task it was running with
     `dpool.errors.WorkerDied` and is replaced; an initializer that fails fails all tasks with
     `dpool.errors.GroupBroken`; terminate() fails what was pending with `dpool.errors.GroupTerminated`.
+
+    One option more, `resources`: what each worker takes of its machine beside a CPU, such as {"gpus": 1}; see
+    docs/resources.md.
     """
 
     # For __del__, should __init__ raise, or not even be entered.
     _state = INIT
 
     def __init__(self, processes: int | None = None, initializer: Callable[..., object] | None = None,
-                 initargs: Iterable[Any] = (), maxtasksperchild: int | None = None, context: Any = None) -> None:
+                 initargs: Iterable[Any] = (), maxtasksperchild: int | None = None, context: Any = None, *,
+                 resources: Mapping[str, float | str] | None = None) -> None:
         self._pool: list[Any] = []
         self._ctx = context or get_context()
         if not hasattr(self._ctx, "Process"):
             raise TypeError(f"context must be one that multiprocessing.get_context() returns, not {context!r}")
         all_cpus = processes is None
+        needs = parse_resources(resources)
         if processes is None:
-            processes = _cpu_count()
+            processes = session.default_processes(needs)
         _check_processes(processes)
         if maxtasksperchild is not None and (not isinstance(maxtasksperchild, int) or maxtasksperchild <= 0):
             raise ValueError("maxtasksperchild must be a positive int or None")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
-        self._processes = processes
         self._maxtasksperchild = maxtasksperchild
         self._initializer = initializer
         self._initargs = tuple(initargs)
         self._cache: dict[int, Any] = {}
         make = type(self).Process
         spec = GroupSpec(processes, self._ctx, initializer, self._initargs, maxtasksperchild,
-                         start_process=lambda **kwargs: make(self_ctx, **kwargs), all_cpus=all_cpus)
+                         start_process=lambda **kwargs: make(self_ctx, **kwargs), all_cpus=all_cpus,
+                         resources=needs)
         self_ctx = self._ctx
+        self._spec = spec
         group: Any = session.current().open_group(spec)
         self._group: WorkerGroup = group
         self._pool = group.processes
         self._taskqueue = _TaskQueue(group)
         self._terminate = util.Finalize(self, _terminate_group, args=(group, os.getpid()), exitpriority=15)
         self._state = RUN
+
+    @property
+    def _processes(self) -> int:
+        """How many workers there should be: without a number a cluster's group grows with its nodes."""
+        return self._spec.processes
 
     def _repopulate_pool(self) -> None:
         self._group.maintain()  # type: ignore[attr-defined]
@@ -569,10 +581,6 @@ def _exc_info() -> tuple[Any, Any, Any]:
     import sys
 
     return sys.exc_info()
-
-
-def _cpu_count() -> int:
-    return session.default_processes()
 
 
 def _check_processes(processes: Any) -> None:

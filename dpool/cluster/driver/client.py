@@ -41,11 +41,13 @@ _unended: list[zmq.Context[zmq.Socket[bytes]]] = []
 class Standing:
     """A group as the head is told of it. Its port changes it through Client.update()."""
 
-    __slots__ = ("group", "wanted", "epoch", "parts", "avoid", "on_placed")
+    __slots__ = ("group", "wanted", "needs", "epoch", "parts", "avoid", "on_placed")
 
-    def __init__(self, group: bytes, wanted: int, on_placed: Callable[[Placed], None]) -> None:
+    def __init__(self, group: bytes, wanted: int, needs: dict[str, float],
+                 on_placed: Callable[[Placed], None]) -> None:
         self.group = group
         self.wanted = wanted
+        self.needs = needs
         self.epoch = 0
         self.parts: dict[bytes, int] = {}
         self.avoid: list[bytes] = []
@@ -207,7 +209,7 @@ class Client:
     def _say_state(self) -> bool:
         self._number += 1
         groups = [GroupState(one.group, one.wanted, one.epoch, [Part(node, n) for node, n in one.parts.items()],
-                             one.avoid) for one in self._standings.values()]
+                             one.avoid, one.needs) for one in self._standings.values()]
         return self._head.send((messages.encode(messages.DriverState(
             self.id, self._number, self._host, self._pid, self._versions, groups)),))
 

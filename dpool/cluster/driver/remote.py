@@ -32,6 +32,7 @@ from dpool.cluster.wire.keys import AGENT, DRIVER
 from dpool.cluster.wire.links import Dialer, Waker
 from dpool.engine import GroupSpec
 from dpool.errors import ClusterError
+from dpool.resources import shown
 
 # How long opening a group may take.
 OPEN_TIMEOUT_S = 10.0
@@ -143,7 +144,6 @@ class ClusterPort:
 
     splits = True
     shares_memory = False
-    shares_memory = False
 
     def __init__(self, client: Client, spec: GroupSpec) -> None:
         self.client = client
@@ -169,7 +169,7 @@ class ClusterPort:
         self._initializer = self._pack_initializer(spec)
         self._prefix = _name_prefix(spec)
         # A door that has not been told how many workers takes what the cluster has.
-        self._standing = Standing(self.group, 0 if spec.all_cpus else spec.processes, self._on_placed)
+        self._standing = Standing(self.group, 0 if spec.all_cpus else spec.processes, spec.resources, self._on_placed)
 
     @staticmethod
     def _pack_initializer(spec: GroupSpec) -> int:
@@ -195,6 +195,9 @@ class ClusterPort:
             while not self._nodes or not all(node.opened for node in self._nodes.values()):
                 left = end - time.monotonic()
                 if left <= 0:
+                    if not self._nodes and self.spec.resources and self.client.nodes:
+                        raise ClusterError(f"no node of the cluster at {self.client.address} has free what each worker "
+                                           f"needs ({shown(self.spec.resources)}): dpool status shows what there is")
                     if not self._nodes:
                         raise ClusterError(f"the cluster at {self.client.address} has no node: start one with "
                                            f"dpool node {self.client.address}")
@@ -244,7 +247,8 @@ class ClusterPort:
         self._post(node, messages.Open(
             node.key, self.group, self.client.id, messages.Versions.here(), node.workers,
             self._prefix, self._first_number, spec.max_tasks, spec.on_demand, self._initializer >= 0,
-            bytes(mp_process.current_process().authkey), os.getcwd(), [str(arg) for arg in sys.argv]),
+            bytes(mp_process.current_process().authkey), os.getcwd(), [str(arg) for arg in sys.argv],
+            spec.resources),
             segments=1 if self._initializer >= 0 else 0)
         node.first_slot = self._first_number % (1 << 16)
         self._first_number += node.workers

@@ -7,8 +7,9 @@ Called by head/server.py, and by the simulation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from dpool import resources
 from dpool.cluster.wire.messages import (
     Ask,
     DriverReport,
@@ -176,16 +177,21 @@ class Membership:
         # A node the head does not know now may still serve the driver: that is the driver's to judge.
         nodes = {id: node.state for id, node in self.nodes.items() if id not in group.avoid}
         wants = dict(has)
+        room = self._room(group, nodes, has)
+        share = group.needs.get(resources.CPUS, 1.0)
         if group.wanted == 0:
             for id, state in nodes.items():
-                wants[id] = max(wants.get(id, 0), max(state.cpus, 1))
+                most = max(int(state.cpus / share), 1) - has.get(id, 0)
+                wants[id] = has.get(id, 0) + max(min(most, room.get(id, most)), 0)
         else:
             missing = group.wanted - sum(has.values())
             if missing > 0 and nodes:
                 load = self._load(group.group)
-                cpus = {id: max(state.cpus, 1) for id, state in nodes.items()}
-                for id, more in spread(missing, cpus, {id: load.get(id, 0) + has.get(id, 0) for id in nodes}).items():
+                cpus = {id: max(state.cpus, 1) / share for id, state in nodes.items()}
+                before = {id: load.get(id, 0.0) / share + has.get(id, 0) for id in nodes}
+                for id, more in spread(missing, cpus, before, room).items():
                     wants[id] = wants.get(id, 0) + more
+        wants = {id: workers for id, workers in wants.items() if workers}
         members = []
         for id, workers in wants.items():
             node = self.nodes.get(id)
@@ -195,24 +201,42 @@ class Membership:
                 members.append(Member(id, [], "", workers))
         return members
 
-    def _load(self, besides: bytes) -> dict[bytes, int]:
-        """Workers of other groups on each node, as their drivers say."""
-        load: dict[bytes, int] = {}
+    def _others(self, besides: bytes) -> Iterator[tuple[GroupState, Part | Member]]:
+        """The parts of all other groups, as their drivers say, or have been told."""
         for driver in self.drivers.values():
             for group in driver.state.groups:
-                if group.group == besides:
-                    continue
-                placed = driver.placed.get(group.group)
-                parts: Sequence[Part | Member] = placed.members if placed is not None else group.parts
-                for part in parts:
-                    load[part.node] = load.get(part.node, 0) + part.workers
+                if group.group != besides:
+                    placed = driver.placed.get(group.group)
+                    parts: Sequence[Part | Member] = placed.members if placed is not None else group.parts
+                    for part in parts:
+                        yield group, part
+
+    def _load(self, besides: bytes) -> dict[bytes, float]:
+        """CPUs of each node that workers of other groups take."""
+        load: dict[bytes, float] = {}
+        for group, part in self._others(besides):
+            load[part.node] = load.get(part.node, 0.0) + part.workers * group.needs.get(resources.CPUS, 1.0)
         return load
+
+    def _room(self, group: GroupState, nodes: Mapping[bytes, NodeState], has: Mapping[bytes, int]) -> dict[bytes, int]:
+        """How many workers more of the group fit on each node; empty if it needs nothing that limits them."""
+        if not resources.binding(group.needs):
+            return {}
+        used: dict[bytes, dict[str, float]] = {id: {} for id in nodes}
+        for other, part in self._others(group.group):
+            if part.node in used:
+                resources.add(used[part.node], other.needs, part.workers)
+        for id, workers in has.items():
+            if id in used:
+                resources.add(used[id], group.needs, workers)
+        return {id: resources.room(state.resources, used[id], group.needs) or 0 for id, state in nodes.items()}
 
     # -- what others may see
 
     def report(self, now: float) -> Report:
         """The state of the cluster, for people."""
         workers: dict[bytes, int] = {}
+        used: dict[bytes, dict[str, float]] = {}
         drivers = []
         for id, driver in self.drivers.items():
             groups: dict[str, dict[str, int]] = {}
@@ -220,10 +244,12 @@ class Membership:
                 groups[group.group.hex()] = {part.node.hex(): part.workers for part in group.parts}
                 for part in group.parts:
                     workers[part.node] = workers.get(part.node, 0) + part.workers
+                    resources.add(used.setdefault(part.node, {}), group.needs, part.workers)
             drivers.append(DriverReport(id.hex(), driver.state.host, driver.state.pid, groups))
         nodes = [NodeReport(id.hex(), node.state.host, node.state.addresses, node.state.cpus, node.state.memory_bytes,
                             sum(node.state.groups.values()), node.state.tasks_running, node.state.tasks_done,
-                            node.state.versions.python, node.state.versions.dpool, round(now - node.seen, 3))
+                            node.state.versions.python, node.state.versions.dpool, round(now - node.seen, 3),
+                            node.state.resources, used.get(id, {}))
                  for id, node in self.nodes.items()]
         return Report(self.cluster.hex(), self.versions.python, self.versions.dpool, nodes, drivers)
 
@@ -238,19 +264,26 @@ class Membership:
                 assert group in epochs and placed.epoch > epochs[group]
 
 
-def spread(workers: int, cpus: Mapping[bytes, int], load: Mapping[bytes, int]) -> dict[bytes, int]:
+def spread(workers: int, cpus: Mapping[bytes, float], load: Mapping[bytes, float],
+           room: Mapping[bytes, int]) -> dict[bytes, int]:
     """So many more workers, over nodes with so many CPUs that carry so many already: how many each gets.
 
     Each goes where the most CPUs are free; when none is, where a CPU has the fewest workers. Every worker gets a place,
-    however few CPUs there are, as in the standard library.
+    however few CPUs there are, as in the standard library; only where `room` has the node are there no more than that.
     """
     import heapq
 
     extra: dict[bytes, int] = {}
-    heap = [(load.get(id, 0) / count, -count, index, id) for index, (id, count) in enumerate(cpus.items())]
+    heap = [(load.get(id, 0) / count, -count, index, id) for index, (id, count) in enumerate(cpus.items())
+            if room.get(id, 1) > 0]
     heapq.heapify(heap)
     for _ in range(workers):
+        if not heap:
+            break
         _, size, index, id = heap[0]
         extra[id] = extra.get(id, 0) + 1
-        heapq.heapreplace(heap, ((load.get(id, 0) + extra[id]) / -size, size, index, id))
+        if extra[id] == room.get(id):
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, ((load.get(id, 0) + extra[id]) / -size, size, index, id))
     return extra

@@ -24,7 +24,7 @@ import zmq
 
 from dpool.cluster.node.ledger import Ledger
 from dpool.cluster.node.output import Output
-from dpool.cluster.node.starting import Worker, Zygote, ZygoteContext, memory_bytes
+from dpool.cluster.node.starting import Worker, Zygote, ZygoteContext
 from dpool.cluster.node.workers import Workers
 from dpool.cluster.store import segments
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
@@ -34,6 +34,7 @@ from dpool.cluster.wire.events import MESSAGE
 from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, Keys
 from dpool.cluster.wire.links import Dialer, Frame, Listener, Received, Waker, address_of, local_host
 from dpool.engine import GroupSpec
+from dpool.resources import MEMORY, Lacking, Stock
 
 # How often the head hears of this node, and how often the clock is looked at.
 STATE_EVERY_S = 1.0
@@ -97,7 +98,8 @@ class Part:
 class Agent:
     """Listens from the moment it is made. Raises ValueError for a bad address, OSError for one that is taken."""
 
-    def __init__(self, keys: Keys, head: str, bind: str | None, cpus: int, log: Callable[[str], object]) -> None:
+    def __init__(self, keys: Keys, head: str, bind: str | None, cpus: int, stock: Stock,
+                 log: Callable[[str], object]) -> None:
         self._context = zmq.Context()
         self._log = log
         try:
@@ -113,7 +115,7 @@ class Agent:
         self._waker.add(self._head.descriptors)
         self.id = os.urandom(16)
         self._cpus = cpus
-        self._memory = memory_bytes()
+        self._stock = stock
         self._number = 0
         self._versions = messages.Versions.here()
         self._zygote = Zygote()
@@ -198,8 +200,10 @@ class Agent:
                 groups[name] = groups.get(name, 0) + part.workers.count
                 running += part.ledger.running
         self._head.send((messages.encode(messages.NodeState(
-            self.id, self._number, socket.gethostname(), [self.address], self._cpus, self._versions, self._memory,
-            groups, self._tasks_done + sum(part.ledger.tasks_done for part in self._parts.values()), running)),))
+            self.id, self._number, socket.gethostname(), [self.address], self._cpus, self._versions,
+            int(self._stock.total.get(MEMORY, 0)), groups,
+            self._tasks_done + sum(part.ledger.tasks_done for part in self._parts.values()), running,
+            self._stock.total)),))
 
     def _from_head(self, data: Frame) -> None:
         try:
@@ -413,12 +417,18 @@ class Agent:
                                 part.initializer)
         spec = GroupSpec(message.workers, context, None, (), message.max_tasks,  # type: ignore[arg-type]
                          on_demand=message.on_demand, worker_name=message.worker_name)
-        part.workers = workers = Workers(spec)
+        try:
+            grant = self._stock.take(message.needs, message.workers) if message.needs else None
+        except Lacking as error:
+            self._post(part, messages.Failed(f"the node on {socket.gethostname()}: {error}"))
+            return
+        part.workers = workers = Workers(spec, grant)
         # What a worker needs to be forked; kept open as long as the part.
         try:
             workers.open()
         except OSError as error:
             part.workers = None
+            workers.close()
             self._post(part, messages.Failed(f"no worker can be started on {socket.gethostname()}: {error}"))
             return
         for descriptor in (workers._poll.fileno(), part.asks[0].fileno()):

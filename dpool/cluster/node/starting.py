@@ -112,8 +112,8 @@ class ZygoteContext:
         return Worker(self, args[0], self._number)
 
     def fork(self, process: Worker, setup: Setup, status: int) -> int:
-        request = {**self._request, "slots": setup.slots, "slot": setup.slot, "max_tasks": setup.max_tasks,
-                   "name": process.name, "number": process.number}
+        request = {**self._request, "environment": setup.environment, "slots": setup.slots, "slot": setup.slot,
+                   "max_tasks": setup.max_tasks, "name": process.name, "number": process.number}
         descriptors = [setup.tasks.descriptor, setup.results.descriptor, setup.lifeline.descriptor,
                        setup.page.descriptor, setup.claims.descriptor, status, self._asks]
         ends = [self._output.open(1), self._output.open(2)]
@@ -188,18 +188,3 @@ class Worker:
 
     def __del__(self) -> None:
         self.let_go()
-
-
-def memory_bytes() -> int:
-    """The memory of this machine, or what its control group allows."""
-    import psutil
-
-    total = int(psutil.virtual_memory().total)
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path) as file:
-                total = min(total, int(file.read()))
-        except (OSError, ValueError):
-            continue
-    return total
-

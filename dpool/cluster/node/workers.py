@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dpool.engine import GroupSpec
+    from dpool.resources import Grant
 
 _SOCKET_BUFFER_BYTES = 1 << 20
 # How long a worker may take to die of SIGTERM, for handlers of the user's, before SIGKILL.
@@ -51,10 +52,11 @@ _all: weakref.WeakSet[Workers] = weakref.WeakSet()
 
 class Workers:
     """Up to `spec.processes` workers on one socket pair. start() and kill() may be called by any thread of the process
-    that made it; poll() by one."""
+    that made it; poll() by one. close() gives back what they had been granted of the machine."""
 
-    def __init__(self, spec: GroupSpec) -> None:
+    def __init__(self, spec: GroupSpec, grant: Grant | None = None) -> None:
         self.spec = spec
+        self._grant = grant
         self.supervisor = Supervisor(spec.processes, spec.on_demand)
         self.processes: list[Any] = []  # of all living workers; doors show it to users, so it is changed in place
         self._slots: dict[int, Any] = {}  # slot -> process
@@ -159,7 +161,7 @@ class Workers:
         self._map[start:start + TRACE_BYTES] = bytes(TRACE_BYTES)
         setup = Setup(Handle(self._tasks_end.fileno()), Handle(self._results_end.fileno()),
                       Handle(self._lifeline_end), Handle(self._page_fd), spec.processes, slot, claims,
-                      spec.max_tasks, self._initializer)
+                      spec.max_tasks, self._initializer, self._grant.environment(slot) if self._grant else {})
         make = spec.start_process or spec.context.Process  # type: ignore[attr-defined]
         process = make(target=worker_main, args=(setup,))
         process.name = process.name.replace("Process", spec.worker_name)
@@ -354,8 +356,11 @@ class Workers:
 
     def steal(self, number: int) -> int:
         """Take the unbegun tasks of a batch from its worker; how many, counted from the batch's end. 0 if it is in no
-        worker, or if the worker left it meanwhile: then its report of what it ran tells what was taken."""
+        worker, or if the worker left it meanwhile: then its report of what it ran tells what was taken. The worker is
+        asked to send what it has finished, too."""
         slot = self.claimed().get(number)
+        if slot is not None and self.page[slot * SLOT_WORDS + TASK]:
+            self._signal(slot, signal.SIGURG)
         claims = self._claims.get(slot) if slot is not None else None
         if slot is None or claims is None:
             return 0
@@ -369,14 +374,18 @@ class Workers:
         claimed = self.claimed()
         slots = {claimed[batch] for batch, index in tasks
                  if batch in claimed and self.page[claimed[batch] * SLOT_WORDS + TASK] == index}
+        for slot in slots:
+            self._signal(slot, signal.SIGKILL)
+        return slots
+
+    def _signal(self, slot: int, number: int) -> None:
         with self._lock:
-            for pidfd, slot in self._pidfds.items():
-                if slot in slots:
+            for pidfd, of in self._pidfds.items():
+                if of == slot:
                     try:
-                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                        signal.pidfd_send_signal(pidfd, number)
                     except OSError:
                         pass  # it has ended already
-        return slots
 
     # -- the end
 
@@ -408,6 +417,8 @@ class Workers:
             self._map.close()
             self._claims.clear()
             self._initializer.close()
+            if self._grant is not None:
+                self._grant.give_back()
 
 
 @contextmanager

@@ -22,6 +22,8 @@ Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=65536)]
 Count = Annotated[int, Meta(ge=0, le=1 << 20)]
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+# Of resources, by name. What a machine has, or what each worker takes.
+Amounts = dict[Name, Annotated[float, Meta(ge=0, le=1e18)]]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -67,6 +69,7 @@ class NodeState(Message, frozen=True):
     groups: dict[str, Count] = {}  # group, in hexadecimal -> workers of it
     tasks_done: Number = 0
     tasks_running: Number = 0
+    resources: Amounts = {}
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -77,14 +80,16 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class GroupState(msgspec.Struct, frozen=True):
-    """A group as its driver sees it. `wanted` workers, 0 for as many as the cluster has CPUs; `epoch` is of the last
-    placement the driver has followed; `avoid` are nodes that the driver cannot reach."""
+    """A group as its driver sees it. `wanted` workers, 0 for as many as the cluster has room for; `epoch` is of the
+    last placement the driver has followed; `avoid` are nodes that the driver cannot reach; `needs` what a worker takes.
+    """
 
     group: Id
     wanted: Count
     epoch: Number
     parts: list[Part] = []
     avoid: list[Id] = []
+    needs: Amounts = {}
 
 
 class DriverState(Message, frozen=True):
@@ -154,6 +159,8 @@ class NodeReport(msgspec.Struct, frozen=True):
     python: str
     dpool: str
     seen_s: float
+    resources: dict[str, float] = {}
+    resources_used: dict[str, float] = {}
 
 
 class DriverReport(msgspec.Struct, frozen=True):
@@ -201,6 +208,7 @@ class Open(Message, frozen=True):
     authkey: Annotated[bytes, Meta(max_length=4096)] = b""
     directory: Text = ""
     argv: list[Text] = []
+    needs: Amounts = {}  # what each worker takes of the node
 
 
 class Resume(Message, frozen=True):

@@ -46,6 +46,7 @@ def worker_main(setup: Setup) -> None:
     os.setpgid(0, 0)
     arm_lifeline(setup.lifeline.descriptor)
     _let_children_be()
+    os.environ.update(setup.environment)
     signal.sigtimedwait((signal.SIGINT,), 0)  # a Ctrl-C for the driver's process group, until now this process's too
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
     worker = Worker(setup)
@@ -77,6 +78,10 @@ class Worker:
         self.page = words[self.slot * SLOT_WORDS:(self.slot + 1) * SLOT_WORDS]
         self.claims = setup.claims
         self.left = setup.max_tasks or 1 << 62
+        # What is finished of the running batch and not sent, for report(): its number, values, failures and beginning.
+        # None while these are being changed.
+        self.finished: tuple[int, list[Any], list[tuple[Any, ...]], int] | None = None
+        self.reported = 0  # tasks of the running batch that were sent
         self.functions: dict[int, Callable[..., Any]] = {}
         # A function that travels by value may hold much: one is kept, while more of its tasks will come.
         self.latest: tuple[int, Callable[..., Any] | None] = (0, None)
@@ -100,6 +105,9 @@ class Worker:
             self._send(frames.BROKEN, 0, 0, [], failure, 0, 0)
             raise SystemExit(1) from None
         setup.initializer = None  # type: ignore[assignment]
+        # Of all signals the one that can do no harm: it is ignored by whoever has no handler for it, used by hardly
+        # anybody, and expected to come without a reason (Go preempts its goroutines with it).
+        signal.signal(signal.SIGURG, self.report)
         self.page[READY] = 1
 
     def run(self) -> None:
@@ -112,6 +120,27 @@ class Worker:
             if not size:
                 return
             self._batch(buffer[:size], _descriptors(control), bool(received & socket.MSG_CTRUNC))
+
+    def report(self, *_: object) -> None:
+        """SIGURG: the node asks for what is finished, since a task takes long. Runs in the midst of that task, as soon
+        as it is in Python code."""
+        finished = self.finished
+        if finished is None or not finished[1]:
+            return
+        self.finished = None
+        number, values, failures, started = finished
+        ready = values[:]
+        executed = self.reported + len(ready)
+        try:
+            self._send(0, number, self.reported, ready, _dump_failures(failures), executed, perf_counter_ns() - started)
+        except BaseException:
+            pass  # not the running task's fault: it is tried again with the next ones
+        else:
+            # In place: the loop holds on to these lists.
+            self.reported = executed
+            values.clear()
+            failures.clear()
+        self.finished = finished
 
     def _batch(self, message: memoryview, descriptors: list[int], cut: bool = False) -> None:
         """Run one message. `cut`: not all of its descriptors could be opened here, and none can be told from another.
@@ -206,21 +235,26 @@ class Worker:
         load: Any = tasks.__getitem__ if isinstance(tasks, list) else tasks.load
         values: list[Any] = []
         failures: list[tuple[Any, ...]] = []
-        first = index = 0
+        index = self.reported = 0
         reported_at = started
         last = min(count, self.left)
+        finished = self.finished = (number, values, failures, started)
         while True:
             try:
                 item = load(index)
             except BaseException as error:
-                failures.append((index - first, *describe_exception(error, engine.ARGUMENT_BROKEN)))
+                self.finished = None
+                failures.append((len(values), *describe_exception(error, engine.ARGUMENT_BROKEN)))
                 values.append(None)
+                self.finished = finished
             else:
                 try:
                     values.append(call(item if resolve is None else resolve(item)))
                 except BaseException as error:
-                    failures.append((index - first, *describe_exception(error)))
+                    self.finished = None
+                    failures.append((len(values), *describe_exception(error)))
                     values.append(None)
+                    self.finished = finished
                 item = None
             index += 1
             if index >= last or (claims is not None and not claims.acquire(False)):
@@ -228,14 +262,19 @@ class Worker:
             page[TASK] = index
             now = perf_counter_ns()
             if now - reported_at > REPORT_EVERY_NS:
-                self._send(0, number, first, values, _dump_failures(failures), index, now - started)
+                self.finished = None
+                self._send(0, number, self.reported, values, _dump_failures(failures), index, now - started)
                 values, failures = [], []
-                first, reported_at = index, now
+                self.reported, reported_at = index, now
+                finished = self.finished = (number, values, failures, started)
+        self.finished = None
+        del finished
         self.left -= index
         if claims is not None and index < count:
             self._drain(claims)
         del tasks, load, call, accepted
-        self._send(frames.DONE, number, first, values, _dump_failures(failures), index, perf_counter_ns() - started)
+        self._send(frames.DONE, number, self.reported, values, _dump_failures(failures), index,
+                   perf_counter_ns() - started)
 
     def _send(self, flags: int, number: int, first: int, values: list[Any], failures: bytes, executed: int,
               run_ns: int) -> None:

@@ -28,11 +28,12 @@ class Setup:
     """The argument of worker_main: descriptors, the slot in the group's page, and what to run first.
 
     `tasks` is read by all workers of the group, the kernel hands each message to one of them; `results` is written by
-    all; `claims` counts the tasks of the running batch that nobody has begun, None if batches are never split.
+    all; `claims` counts the tasks of the running batch that nobody has begun, None if batches are never split;
+    `environment` are variables for this worker alone.
     """
 
     def __init__(self, tasks: Handle, results: Handle, lifeline: Handle, page: Handle, slots: int, slot: int,
-                 claims: Any, max_tasks: int | None, initializer: Initializer) -> None:
+                 claims: Any, max_tasks: int | None, initializer: Initializer, environment: dict[str, str]) -> None:
         self.tasks = tasks
         self.results = results
         self.lifeline = lifeline
@@ -42,6 +43,7 @@ class Setup:
         self.claims = claims
         self.max_tasks = max_tasks
         self.initializer = initializer
+        self.environment = environment
 
 
 class Initializer:

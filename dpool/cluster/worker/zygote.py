@@ -133,7 +133,7 @@ def _run_worker(request: dict[str, Any], given: dict[str, int]) -> int:
         pass
     setup = Setup(Handle(given["tasks"]), Handle(given["results"]), Handle(given["lifeline"]), Handle(given["page"]),
                   request["slots"], request["slot"], Claims(given["claims"]), request["max_tasks"],
-                  Initializer(None, ()))
+                  Initializer(None, ()), request["environment"])
     modules.install(given["asks"])
 
     def run() -> None:

@@ -35,6 +35,7 @@ from dpool.engine import (
     GroupSpec,
 )
 from dpool.errors import ForeignProcess, GroupBroken, GroupClosed, GroupTerminated, WorkerDied
+from dpool.resources import parse as parse_resources
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,11 +72,14 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
     `on_worker_death`: "break", the standard library's promise, fails every pending call when a worker process dies, and
     the executor takes no more. "fail" fails the one call that the worker was running, with WorkerDeath; the worker is
     replaced. `retries`: how often such a call is run again before it fails; for "fail" only.
+
+    `resources`: what each worker takes of its machine beside a CPU, such as {"gpus": 1}; see docs/resources.md.
     """
 
     def __init__(self, max_workers: int | None = None, mp_context: BaseContext | None = None,
                  initializer: Callable[..., object] | None = None, initargs: Iterable[Any] = (), *,
-                 max_tasks_per_child: int | None = None, on_worker_death: str = "break", retries: int = 0) -> None:
+                 max_tasks_per_child: int | None = None, on_worker_death: str = "break", retries: int = 0,
+                 resources: Mapping[str, float | str] | None = None) -> None:
         self._group: Any = None  # opened by the first call
         self._max_workers = _workers(max_workers)
         self._mp_context: Any = _context(mp_context, max_tasks_per_child)
@@ -95,6 +99,7 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
             raise ValueError('retries need on_worker_death="fail": with "break" a dead worker ends the executor')
         self._on_worker_death = on_worker_death
         self._retries = retries
+        self._resources = parse_resources(resources)
         # Guards _group and _shutdown_thread where one follows from the other. Held while the first workers start, never
         # while something of the user's runs.
         self._shutdown_lock = threading.Lock()
@@ -252,7 +257,8 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
                     self._max_workers, self._mp_context, initializer, self._initargs, self._max_tasks_per_child,
                     # Forking once threads run is what can deadlock, so where workers are forked all are at once.
                     retries=self._retries, on_demand=self._safe_to_dynamically_spawn_children, worker_name="Process",
-                    daemon=False, break_on_death=self._on_worker_death == "break"))
+                    daemon=False, break_on_death=self._on_worker_death == "break",
+                    resources=self._resources))
                 _finish_at_exit(group)
                 weakref.finalize(self, _close_group, group, os.getpid()).atexit = False
                 self._processes.living = getattr(group, "processes", ())
