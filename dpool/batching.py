@@ -17,8 +17,9 @@ CREDITS_PER_WORKER = 2
 # waits less behind a long one. Longer: fewer false alarms when the machine is busy.
 STEAL_AFTER_S = 0.005
 
-# While every worker has work nothing need be taken from any; this often that is looked at anew, beside the results that
-# come in. Shorter: the driver wakes more often during long tasks.
+# While every worker has work, this is looked at so often, and only batches that have been out for so long are in
+# question: they hold back results, and tasks that stood before others. Shorter: the driver wakes more often during long
+# tasks.
 STEAL_RECHECK_S = 0.05
 
 

@@ -534,23 +534,26 @@ def test_a_batch_is_stuck_once_it_has_taken_long_while_a_worker_idles() -> None:
     assert dispatch.should_steal(STEAL_AFTER_S) == [batch]
 
 
-def test_nothing_is_stuck_while_the_queue_feeds_everyone() -> None:
-    dispatch, _ = stuck_batch()
+def test_while_the_queue_feeds_everyone_a_batch_must_have_been_out_for_far_longer() -> None:
+    dispatch, batch = stuck_batch()
     dispatch.add(call(1))
-    assert dispatch.should_steal(1.0) == []
-    assert dispatch.steal_at() == 1.0 + STEAL_RECHECK_S
+    assert dispatch.should_steal(STEAL_AFTER_S) == []
+    assert dispatch.steal_at() == STEAL_AFTER_S + STEAL_RECHECK_S
     take(dispatch)
-    assert dispatch.should_steal(1.0) == []
-    assert dispatch.steal_at() == 1.0 + STEAL_RECHECK_S
+    assert dispatch.should_steal(2 * STEAL_AFTER_S) == []
+    assert dispatch.steal_at() == 2 * STEAL_AFTER_S + STEAL_RECHECK_S
+    assert dispatch.should_steal(STEAL_RECHECK_S) == [batch]
+    assert dispatch.should_steal(2 * STEAL_RECHECK_S - 0.001) == []
+    assert dispatch.should_steal(2 * STEAL_RECHECK_S) == [batch]
 
 
 def test_a_stuck_batch_is_found_as_soon_as_a_worker_idles() -> None:
     dispatch, batch = stuck_batch()
     dispatch.add(call(1))
     other = take(dispatch)
-    assert dispatch.should_steal(1.0) == []
+    assert dispatch.should_steal(STEAL_AFTER_S) == []
     finish(dispatch, other)
-    assert dispatch.should_steal(1.001) == [batch]
+    assert dispatch.should_steal(STEAL_AFTER_S + 0.001) == [batch]
 
 
 def test_a_batch_from_which_nothing_could_be_taken_is_asked_for_less_and_less_often() -> None:

@@ -270,7 +270,6 @@ def test_no_short_task_waits_behind_a_long_one(pool: Pool, tmp_path: Path, place
         assert results.next(PATIENCE_S) == "open"
 
 
-@pytest.mark.xfail(strict=True, reason="what a batch has finished is sent only when its next task ends")
 def test_a_long_task_holds_up_no_result_that_is_there(pool: Pool, tmp_path: Path) -> None:
     """The same in the middle of a batch: its first tasks have run, and their results should come."""
     pool.map(deeds.short_or_wait, [None] * 1000)
@@ -279,11 +278,22 @@ def test_a_long_task_holds_up_no_result_that_is_there(pool: Pool, tmp_path: Path
         items.insert(100, gate.args)
         results = pool.imap_unordered(deeds.short_or_wait, items)
         try:
-            assert [results.next(5) for _ in range(200)] == ["short"] * 200
+            assert [results.next(PATIENCE_S) for _ in range(200)] == ["short"] * 200
         finally:
             gate.open()
             for _ in results:
                 pass
+
+
+def test_results_before_a_long_task_come_also_when_no_worker_idles(method: str, tmp_path: Path) -> None:
+    with deeds.Gate(tmp_path) as gate, Pool(1, context=get_context(method)) as pool:
+        pool.map(deeds.short_or_wait, [None] * 1000)
+        items: list[Any] = [None] * 400
+        items.insert(100, gate.args)
+        results = pool.imap_unordered(deeds.short_or_wait, items)
+        assert [results.next(PATIENCE_S) for _ in range(100)] == ["short"] * 100
+        gate.open()
+        assert sorted(results) == ["open"] + ["short"] * 300
 
 
 def test_only_its_own_chunk_waits_for_a_long_task(pool: Pool, tmp_path: Path) -> None:

@@ -359,17 +359,17 @@ class Dispatch:
         return None if oldest is None else max(oldest, self._look_again_at)
 
     def should_steal(self, now: float) -> list[Batch]:
-        """Batches that keep tasks waiting while workers idle; empty as long as the queue feeds everyone.
+        """Batches of several tasks that a long one holds up: the tasks behind it are to be taken, the results before it
+        to be asked for. While everyone has work, only those that have been out for far longer than a batch takes.
 
         A batch is named again only when it has been out for twice as long: perhaps no worker was in it yet, perhaps
         all its tasks are begun.
         """
-        if self.queue or len(self.inflight) >= self.workers:
-            self._look_again_at = now + STEAL_RECHECK_S
-            return []
-        self._look_again_at = 0.0
+        idle = not self.queue and len(self.inflight) < self.workers
+        self._look_again_at = 0.0 if idle else now + STEAL_RECHECK_S
         due = [batch for batch in self.inflight.values()
-               if batch.stop - batch.reported > 1 and batch.steal_at <= now]
+               if batch.stop - batch.reported > 1 and batch.steal_at <= now
+               and (idle or now - batch.sent_at >= STEAL_RECHECK_S)]
         for batch in due:
             batch.steal_at = now + (now - batch.sent_at)
         return due
