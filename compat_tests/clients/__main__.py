@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compat_tests.clients.registry import CLIENTS, Client
+from compat_tests.engines import ENGINES, on_hosts, started
 from compat_tests.running import CHECKOUT, LEFT_OVER_GRACE_S, MARK, OUTPUT_SHOWN, end_all
 
 # For all workloads of a client, both runs.
@@ -77,11 +78,21 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="S", help="seconds for one client")
     parser.add_argument("--install", type=Path, metavar="FOLDER",
                         help="install what is missing into a virtual environment in FOLDER, and run there")
+    parser.add_argument("--engine", choices=ENGINES, default="embedded",
+                        help="cluster: a head and two nodes; hosts: each on a host of its own (namespaces, for root)")
     options = parser.parse_args()
+    code = on_hosts(options.engine, "compat_tests.clients", sys.argv[1:])
+    if code is not None:
+        return code
     chosen = [client for client in CLIENTS
               if (not options.client or client.name in options.client) and (client.quick or not options.quick)]
     if options.install:
         _run_in(options.install, chosen, [argument for argument in sys.argv[1:]])
+    with started(options.engine):
+        return _run_all(chosen, options)
+
+
+def _run_all(chosen: list[Client], options: argparse.Namespace) -> int:
     print(f"{'client':12} {'version':10} {'workload':24} {'same result':12} {'stdlib s':>9} {'dpool s':>9}")
     problems = ran = 0
     for client in chosen:
