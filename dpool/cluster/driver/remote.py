@@ -145,9 +145,10 @@ class ClusterPort:
     shares_memory = False
     shares_memory = False
 
-    def __init__(self, client: Client, spec: GroupSpec) -> None:
+    def __init__(self, client: Client, spec: GroupSpec, replaces: bool = False) -> None:
         self.client = client
         self.spec = spec
+        self._replaces = replaces
         self.group = os.urandom(16)
         self.processes: list[Any] = []
         self.supervisor = RemoteSupervisor()
@@ -244,7 +245,8 @@ class ClusterPort:
         self._post(node, messages.Open(
             node.key, self.group, self.client.id, messages.Versions.here(), node.workers,
             self._prefix, self._first_number, spec.max_tasks, spec.on_demand, self._initializer >= 0,
-            bytes(mp_process.current_process().authkey), os.getcwd(), [str(arg) for arg in sys.argv]),
+            bytes(mp_process.current_process().authkey), os.getcwd(), [str(arg) for arg in sys.argv],
+            self._replaces),
             segments=1 if self._initializer >= 0 else 0)
         node.first_slot = self._first_number % (1 << 16)
         self._first_number += node.workers

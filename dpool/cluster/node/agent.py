@@ -97,9 +97,11 @@ class Part:
 class Agent:
     """Listens from the moment it is made. Raises ValueError for a bad address, OSError for one that is taken."""
 
-    def __init__(self, keys: Keys, head: str, bind: str | None, cpus: int, log: Callable[[str], object]) -> None:
+    def __init__(self, keys: Keys, head: str, bind: str | None, cpus: int, log: Callable[[str], object],
+                 orphan_after_s: float = ORPHAN_AFTER_S) -> None:
         self._context = zmq.Context()
         self._log = log
+        self._orphan_after_s = orphan_after_s
         try:
             host = local_host(head)
             self._listener = Listener(self._context, keys, AGENT, bind or address_of(host, 0))
@@ -231,8 +233,8 @@ class Agent:
             self._drop(part)
         if self._parts or self._head.connected:
             self._alone_since = now
-        elif now - self._alone_since > ORPHAN_AFTER_S:
-            self._log("no head and no driver for five minutes: this node ends")
+        elif now - self._alone_since > self._orphan_after_s:
+            self._log(f"no head and no driver for {self._orphan_after_s:.0f} s: this node ends")
             self._stop.set()
 
     # -- drivers
@@ -408,7 +410,8 @@ class Agent:
             self._post(part, messages.Failed(f"the node on {socket.gethostname()} cannot be used: {conflict}"))
             return
         part.group = message.group
-        request = {"authkey": message.authkey.hex(), "argv": message.argv, "directory": message.directory}
+        request = {"authkey": message.authkey.hex(), "argv": message.argv, "directory": message.directory,
+                   "replaces": message.replaces}
         context = ZygoteContext(self._zygote, message.first_number, request, part.asks[1].fileno(), part.output,
                                 part.initializer)
         spec = GroupSpec(message.workers, context, None, (), message.max_tasks,  # type: ignore[arg-type]

@@ -201,6 +201,7 @@ class Open(Message, frozen=True):
     authkey: Annotated[bytes, Meta(max_length=4096)] = b""
     directory: Text = ""
     argv: list[Text] = []
+    replaces: bool = False  # the program was started by `dpool run`: its workers replace the names, too
 
 
 class Resume(Message, frozen=True):
