@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from dpool.cluster.node.ledger import Ledger
+from dpool.cluster.node.modules import Library, Questions
 from dpool.cluster.node.output import Output
 from dpool.cluster.node.starting import Worker, Zygote, ZygoteContext, memory_bytes
 from dpool.cluster.node.workers import Workers
@@ -56,7 +57,7 @@ Batch = tuple[Frame, list[int]]
 class Part:
     """A group's part on this node: its session with the driver, its workers, its books."""
 
-    def __init__(self, session: bytes, now: float) -> None:
+    def __init__(self, session: bytes, now: float, library: Library) -> None:
         self.id = session
         self.session = sessions.Session()
         self.peer: bytes | None = None
@@ -70,9 +71,9 @@ class Part:
         self.workers: Workers | None = None
         self.initializer = -1
         self.asks = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.questions = Questions(self.asks[0], library)
         self.ending = False
         self.paused = False
-        self.requests: dict[int, int] = {}  # a worker's question -> the socket it waits at
         self.stops: set[tuple[int, int]] = set()  # tasks to be stopped: batch, index
         self.stopped: set[int] = set()  # slots of workers that were ended for that
 
@@ -86,10 +87,11 @@ class Part:
         self.output.close()
         batches = [message for _, _, message in self.ledger.waiting]
         waiting = (descriptor for _, descriptors in batches for descriptor in descriptors)
-        for descriptor in (*self.functions.values(), *self.objects.values(), *self.requests.values(), *waiting):
+        for descriptor in (*self.functions.values(), *self.objects.values(), *waiting):
             os.close(descriptor)
         if self.initializer >= 0:
             os.close(self.initializer)
+        self.questions.close()
         for end in self.asks:
             end.close()
 
@@ -118,6 +120,7 @@ class Agent:
         self._memory = memory_bytes()
         self._number = 0
         self._versions = messages.Versions.here()
+        self._library = Library()
         self._zygote = Zygote()
         self._zygote.start()
         self._parts: dict[bytes, Part] = {}
@@ -282,7 +285,7 @@ class Agent:
                 if not message.new or message.session in self._ended:
                     self._answer(peer, messages.Gone(message.session))
                     return
-                part = self._parts[message.session] = Part(message.session, now)
+                part = self._parts[message.session] = Part(message.session, now, self._library)
             if part.peer is not None:
                 self._by_peer.pop(part.peer, None)
             part.peer = peer
@@ -552,27 +555,14 @@ class Agent:
     # -- modules of the driver's
 
     def _on_question(self, part: Part) -> None:
-        try:
-            data, descriptors, _, _ = socket.recv_fds(part.asks[0], 4096, 1)
-        except OSError:
-            return
-        if len(descriptors) != 1:
-            return
-        part.requests[descriptors[0]] = descriptors[0]
-        self._post(part, messages.Wanted(descriptors[0], data.decode("utf-8", "replace")))
+        wanted = part.questions.ask()
+        if wanted is not None:
+            self._post(part, wanted)
 
     def _on_found(self, part: Part, message: messages.Found, arrived: int) -> None:
-        found = part.arrivals.take(arrived)
-        asker = part.requests.pop(message.request, -1)
-        if asker >= 0:
-            with socket.socket(fileno=asker) as worker:
-                worker.setblocking(False)
-                try:
-                    socket.send_fds(worker, [b"y" if message.found else b"n"], found)
-                except OSError:
-                    pass  # it has ended meanwhile
-        for descriptor in found:
-            os.close(descriptor)
+        wanted = part.questions.found(message, part.arrivals.take(arrived))
+        if wanted is not None:
+            self._post(part, wanted)
 
     # -- sending
 
