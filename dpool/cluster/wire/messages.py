@@ -176,6 +176,7 @@ class Report(Message, frozen=True):
     dpool: str
     nodes: list[NodeReport]
     drivers: list[DriverReport]
+    clock_s: float = 0.0  # the head's time of day when it answered
 
 
 class Leaving(Message, frozen=True):
