@@ -285,13 +285,13 @@ ENDS = {
                          "raise KeyError('x')",
     "a thread that goes on": "import threading\nthreading.Thread(target=lambda: (\n"
                              "    threading.main_thread().join(), print('last'))).start()\nprint('first')",
-    "an exception in an import": "import broken",
+    "an exception in an import": "import broken_module",
 }
 
 
 @pytest.mark.parametrize("text", ENDS.values(), ids=ENDS)
 def test_the_program_ends_as_with_the_interpreter(text: str, tmp_path: Path) -> None:
-    write(tmp_path, "broken.py", "def f():\n    return nothing\nf()\n")
+    write(tmp_path, "broken_module.py", "def f():\n    return nothing\nf()\n")
     (tmp_path / "program.py").write_text(text)
     theirs, ours = python(tmp_path, "program.py"), dpool_run(tmp_path, "program.py")
     assert (ours.stdout, ours.stderr, ours.returncode) == (theirs.stdout, theirs.stderr, theirs.returncode)
@@ -320,6 +320,14 @@ def test_an_interpreter_may_stand_before_the_program(tmp_path: Path) -> None:
                     ["--local", "--", "-O", "-Werror", "program.py", "a"]):
         done = dpool_run(tmp_path, *command, PATH=path)
         assert (done.stdout, done.stderr) == (flagged, "")
+
+
+def test_the_installed_command_runs_a_program_as_the_module_does(tmp_path: Path) -> None:
+    write(tmp_path, "bin/dpool", "import sys\nfrom dpool.cli.main import main\nsys.exit(main())\n")
+    for text in (dedent(LOOK), *ENDS.values()):
+        (tmp_path / "program.py").write_text(text)
+        theirs, ours = python(tmp_path, "program.py", "a"), python(tmp_path, "bin/dpool", "run", "program.py", "a")
+        assert (ours.stdout, ours.stderr, ours.returncode) == (theirs.stdout, theirs.stderr, theirs.returncode)
 
 
 def test_an_installed_command_is_a_program(tmp_path: Path) -> None:

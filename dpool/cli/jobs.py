@@ -48,10 +48,11 @@ def _slurm(environment: Mapping[str, str]) -> Job | None:
     machines = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
     here = _tasks_here(environment.get("SLURM_STEP_TASKS_PER_NODE", ""), int(environment.get("SLURM_NODEID", "0")))
     whole = int(environment.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1)
+    # What srun binds it to is what it has: the variable may be the batch script's, and srun not have been told.
     given = environment.get("SLURM_CPUS_PER_TASK")
     parts = (environment["SLURM_JOB_ID"], environment["SLURM_STEP_ID"], environment.get("SLURM_RESTART_COUNT", "0"))
     return Job(f"slurm-{'.'.join(parts)}", rank, size, environment.get("SLURMD_NODENAME", ""), machines > 1,
-               int(given) if given else _share(whole, here))
+               min(int(given), len(os.sched_getaffinity(0))) if given else _share(whole, here))
 
 
 def _open_mpi(environment: Mapping[str, str]) -> Job | None:
