@@ -130,5 +130,5 @@ def _probe(executable: str) -> Interpreter | None:
 
 
 def _has_dependencies(executable: str) -> bool:
-    code = "import cloudpickle, msgspec, psutil, zmq"
+    code = "import cloudpickle, msgspec, zmq"
     return Path(executable).exists() and not subprocess.run([executable, "-c", code], capture_output=True).returncode

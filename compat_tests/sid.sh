@@ -40,7 +40,7 @@ inside() { chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root L
 inside apt-get update -q -o Acquire::Check-Valid-Until=false
 # The dependencies come from Debian where they are built for the version, else from pip.
 inside apt-get install -qy --no-install-recommends \
-    python3-pip python3-cloudpickle python3-zmq python3-psutil python3-msgspec > "$root/apt.log" 2>&1 ||
+    python3-pip python3-cloudpickle python3-zmq python3-msgspec > "$root/apt.log" 2>&1 ||
     { tail "$root/apt.log"; exit 1; }
 
 worst=0
@@ -51,9 +51,9 @@ for version in $versions; do
         echo "sid has no $python: $(tail -n 1 "$root/apt.log")"
         continue
     fi
-    if ! inside "$python" -c 'import cloudpickle, zmq, psutil, msgspec' 2> /dev/null; then
+    if ! inside "$python" -c 'import cloudpickle, zmq, msgspec' 2> /dev/null; then
         inside "$python" -m pip install -q --break-system-packages --root-user-action=ignore \
-            cloudpickle pyzmq psutil msgspec || echo "some dependencies of dpool are not there for $python"
+            cloudpickle pyzmq msgspec || echo "some dependencies of dpool are not there for $python"
     fi
     inside env PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/checkout sh -c 'cd /tmp && exec "$@"' sh \
         "$python" -m compat_tests "$@" || worst=$?

@@ -10,6 +10,7 @@ import os
 import time
 import weakref
 
+from dpool import replacing
 from dpool.cluster.driver.client import Client
 from dpool.cluster.driver.group import Group
 from dpool.cluster.driver.remote import ClusterPort
@@ -49,7 +50,7 @@ class ClusterEngine:
         if self._pid != os.getpid():
             raise ForeignProcess(f"this process was forked from {self._pid}, which is connected to a cluster: call "
                                  f"dpool.init() here to be connected, too")
-        port = ClusterPort(self._client, spec)
+        port = ClusterPort(self._client, spec, replacing.installed())
         port.open()
         group = Group(spec, port, port.supervisor)
         self._groups.add(group)

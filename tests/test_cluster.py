@@ -87,6 +87,15 @@ def wait_for_file(path: str) -> int:
     return os.getpid()
 
 
+def meet(directory: str, count: int) -> int:
+    """Return when so many workers run this, or have."""
+    with open(os.path.join(directory, str(os.getpid())), "w"):
+        pass
+    while len(os.listdir(directory)) < count:
+        time.sleep(0.01)
+    return os.getpid()
+
+
 def note(path: str, value: int) -> int:
     """Say that this task is run."""
     with open(path, "ab", buffering=0) as file:
@@ -193,6 +202,30 @@ def test_an_executor_starts_workers_on_demand(driver: Cluster) -> None:
         assert executor.submit(deeds.double, 1).result() == 2
         assert 1 <= len(driver.workers()) < 4
         assert list(executor.map(deeds.double, range(200))) == [2 * value for value in range(200)]
+
+
+def test_an_executor_without_a_number_has_all_cpus_on_demand(driver: Cluster, tmp_path: Path) -> None:
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as executor:
+        assert executor._max_workers == 4
+        assert executor.submit(deeds.double, 1).result() == 2
+        assert 1 <= len(driver.workers()) < 4
+        # Two for each worker: a node is sent as many ahead. None returns before four workers are at it.
+        assert len(set(executor.map(meet, [str(tmp_path)] * 8, [4] * 8))) == 4
+        assert len(driver.workers()) == 4
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_executor_without_a_number_grows_with_the_cluster(method: str, tmp_path: Path) -> None:
+    directory = tmp_path / "meeting"
+    directory.mkdir()
+    with Cluster(tmp_path, nodes=1, cpus=1) as cluster, Driver(cluster):
+        with ProcessPoolExecutor(mp_context=get_context(method)) as executor:
+            assert executor.submit(deeds.double, 1).result() == 2
+            assert executor._max_workers == 1
+            results = [executor.submit(meet, str(directory), 3) for _ in range(6)]
+            cluster.start_node(cpus=2)
+            assert len({result.result() for result in results}) == 3
+            assert executor._max_workers == 3
 
 
 def test_a_dead_worker_breaks_an_executor(driver: Cluster) -> None:

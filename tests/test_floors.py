@@ -24,17 +24,18 @@ FLOORS: dict[str, set[str]] = {
     "batching": set(),
     "resources": set(),
     "engine": {"errors"},
+    "replacing": set(),  # what it puts in for the names it takes from a table, when their modules are imported
     "cluster": set(),
     "cluster.wire": WIRE,
     "cluster.store": STORE,
-    "cluster.worker": STORE,
+    "cluster.worker": STORE | {"replacing"},
     "cluster.node": STORE | {"cluster.worker"},
     "cluster.driver": STORE,
     "cluster.head": WIRE,
     "cluster.launch": WIRE | {"cluster.head", "cluster.node"},
     "testing": STORE | {"cluster.driver", "cluster.node", "cluster.worker"},
     "embedded": BASE | {"cluster.driver", "cluster.node"},
-    "cluster_engine": WIRE | {"cluster.driver"},
+    "cluster_engine": WIRE | {"cluster.driver", "replacing"},
     "session": WIRE | {"cluster.node", "embedded", "cluster_engine"},
     "multiprocessing": DOOR,
     "concurrent": DOOR,
@@ -42,7 +43,7 @@ FLOORS: dict[str, set[str]] = {
     "joblib": DOOR,
     "objects": DOOR | {"cluster.store"},
     "dpool": {"joblib"},  # the face watches for joblib; every other name of it is found when it is asked for
-    "cli": WIRE | {"cluster.driver", "cluster.head", "cluster.node", "cluster.launch", "session"},
+    "cli": WIRE | {"cluster.driver", "cluster.head", "cluster.node", "cluster.launch", "session", "replacing"},
     "__main__": {"cli"},
 }
 

@@ -22,7 +22,7 @@ from compat_tests.running import CHECKOUT, LEFT_OVER_GRACE_S, MARK, OUTPUT_SHOWN
 
 # For all workloads of a client, both runs.
 LIMIT_S = 180.0
-REQUIREMENTS = ("cloudpickle", "pyzmq", "psutil", "msgspec")
+REQUIREMENTS = ("cloudpickle", "pyzmq", "msgspec")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 NAME = "dpool"
+_default = False  # whether joblib is to take it for calls that name none
 # The module that holds joblib's table of backends; once it has run, a backend can be entered.
 _TABLE = "joblib.parallel"
 
@@ -36,8 +37,10 @@ def register(make_default: bool = False) -> None:
     register_parallel_backend(NAME, DpoolBackend, make_default=make_default)
 
 
-def watch() -> None:
-    """Register now if joblib is loaded, else in the moment it is."""
+def watch(make_default: bool = False) -> None:
+    """Register now if joblib is loaded, else in the moment it is; `make_default` as in register(), from here on."""
+    global _default
+    _default = _default or make_default
     if hasattr(sys.modules.get(_TABLE), "register_parallel_backend"):
         _register_quietly()
     elif not any(type(finder) is _Watch for finder in sys.meta_path):
@@ -47,7 +50,7 @@ def watch() -> None:
 def _register_quietly() -> None:
     """A joblib that is too old must still be importable: only register() itself complains."""
     try:
-        register()
+        register(_default)
     except ImportError:
         pass
 

@@ -92,6 +92,7 @@ class Client:
         self._welcomed = threading.Event()
         self._refused = ""
         self.nodes = self.cpus = 0  # as the head said last
+        self.told: set[tuple[bytes, bytes]] = set()  # nodes, and the digests of answers about modules that they have
         self.heard_at = time.monotonic()
         self._state_at = 0.0
         self._stopping = False

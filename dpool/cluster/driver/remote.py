@@ -22,7 +22,7 @@ import msgspec
 
 from dpool.batching import CREDITS_PER_WORKER
 from dpool.cluster.driver.client import Client, Pulse, Standing
-from dpool.cluster.driver.modules import source_of
+from dpool.cluster.driver.modules import answer
 from dpool.cluster.store import segments, store
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
 from dpool.cluster.wire import frames, messages, pickling, sessions
@@ -145,9 +145,10 @@ class ClusterPort:
     splits = True
     shares_memory = False
 
-    def __init__(self, client: Client, spec: GroupSpec) -> None:
+    def __init__(self, client: Client, spec: GroupSpec, replaces: bool = False) -> None:
         self.client = client
         self.spec = spec
+        self._replaces = replaces
         self.group = os.urandom(16)
         self.processes: list[Any] = []
         self.supervisor = RemoteSupervisor()
@@ -248,7 +249,7 @@ class ClusterPort:
             node.key, self.group, self.client.id, messages.Versions.here(), node.workers,
             self._prefix, self._first_number, spec.max_tasks, spec.on_demand, self._initializer >= 0,
             bytes(mp_process.current_process().authkey), os.getcwd(), [str(arg) for arg in sys.argv],
-            spec.resources),
+            spec.resources, self._replaces),
             segments=1 if self._initializer >= 0 else 0)
         node.first_slot = self._first_number % (1 << 16)
         self._first_number += node.workers
@@ -582,16 +583,21 @@ class ClusterPort:
             self._answer(node, message)
 
     def _answer(self, node: Node, message: messages.Wanted) -> None:
-        source = source_of(message.name)
-        if source is None:
+        found = answer(message.name)
+        if found is None:
             self._post(node, messages.Found(message.request, False))
             return
-        descriptor, _ = segments.write([source])
+        digest = messages.digest_of(found)
+        if (node.id, digest) in self.client.told and not message.whole:
+            self._post(node, messages.Found(message.request, True, digest))
+            return
+        descriptor, _ = segments.write([found])
         try:
-            self._post_pieces(node, pieces(descriptor, [(0, len(source))]))
+            self._post_pieces(node, pieces(descriptor, [(0, len(found))]))
         finally:
             os.close(descriptor)
-        self._post(node, messages.Found(message.request, True), segments=1)
+        self._post(node, messages.Found(message.request, True, digest), segments=1)
+        self.client.told.add((node.id, digest))
 
     def _add_workers(self, node: Node, slots: list[messages.Slot]) -> None:
         for slot in slots:

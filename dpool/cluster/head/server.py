@@ -72,6 +72,8 @@ class Head:
 
     def _send(self, mail: Mail) -> None:
         for peer, message in mail:
+            if isinstance(message, messages.Report):
+                message = msgspec.structs.replace(message, clock_s=time.time())
             self._listener.send(peer, (messages.encode(message),))
 
     def stop(self) -> None:

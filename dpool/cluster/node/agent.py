@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from dpool.cluster.node.ledger import Ledger
+from dpool.cluster.node.modules import Library, Questions
 from dpool.cluster.node.output import Output
 from dpool.cluster.node.starting import Worker, Zygote, ZygoteContext
 from dpool.cluster.node.workers import Workers
@@ -57,7 +58,7 @@ Batch = tuple[Frame, list[int]]
 class Part:
     """A group's part on this node: its session with the driver, its workers, its books."""
 
-    def __init__(self, session: bytes, now: float) -> None:
+    def __init__(self, session: bytes, now: float, library: Library) -> None:
         self.id = session
         self.session = sessions.Session()
         self.peer: bytes | None = None
@@ -71,9 +72,9 @@ class Part:
         self.workers: Workers | None = None
         self.initializer = -1
         self.asks = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.questions = Questions(self.asks[0], library)
         self.ending = False
         self.paused = False
-        self.requests: dict[int, int] = {}  # a worker's question -> the socket it waits at
         self.stops: set[tuple[int, int]] = set()  # tasks to be stopped: batch, index
         self.stopped: set[int] = set()  # slots of workers that were ended for that
 
@@ -87,10 +88,11 @@ class Part:
         self.output.close()
         batches = [message for _, _, message in self.ledger.waiting]
         waiting = (descriptor for _, descriptors in batches for descriptor in descriptors)
-        for descriptor in (*self.functions.values(), *self.objects.values(), *self.requests.values(), *waiting):
+        for descriptor in (*self.functions.values(), *self.objects.values(), *waiting):
             os.close(descriptor)
         if self.initializer >= 0:
             os.close(self.initializer)
+        self.questions.close()
         for end in self.asks:
             end.close()
 
@@ -99,9 +101,10 @@ class Agent:
     """Listens from the moment it is made. Raises ValueError for a bad address, OSError for one that is taken."""
 
     def __init__(self, keys: Keys, head: str, bind: str | None, cpus: int, stock: Stock,
-                 log: Callable[[str], object]) -> None:
+                 log: Callable[[str], object], orphan_after_s: float = ORPHAN_AFTER_S) -> None:
         self._context = zmq.Context()
         self._log = log
+        self._orphan_after_s = orphan_after_s
         try:
             host = local_host(head)
             self._listener = Listener(self._context, keys, AGENT, bind or address_of(host, 0))
@@ -118,6 +121,7 @@ class Agent:
         self._stock = stock
         self._number = 0
         self._versions = messages.Versions.here()
+        self._library = Library()
         self._zygote = Zygote()
         self._zygote.start()
         self._parts: dict[bytes, Part] = {}
@@ -235,8 +239,8 @@ class Agent:
             self._drop(part)
         if self._parts or self._head.connected:
             self._alone_since = now
-        elif now - self._alone_since > ORPHAN_AFTER_S:
-            self._log("no head and no driver for five minutes: this node ends")
+        elif now - self._alone_since > self._orphan_after_s:
+            self._log(f"no head and no driver for {self._orphan_after_s:.0f} s: this node ends")
             self._stop.set()
 
     # -- drivers
@@ -284,7 +288,7 @@ class Agent:
                 if not message.new or message.session in self._ended:
                     self._answer(peer, messages.Gone(message.session))
                     return
-                part = self._parts[message.session] = Part(message.session, now)
+                part = self._parts[message.session] = Part(message.session, now, self._library)
             if part.peer is not None:
                 self._by_peer.pop(part.peer, None)
             part.peer = peer
@@ -412,7 +416,8 @@ class Agent:
             self._post(part, messages.Failed(f"the node on {socket.gethostname()} cannot be used: {conflict}"))
             return
         part.group = message.group
-        request = {"authkey": message.authkey.hex(), "argv": message.argv, "directory": message.directory}
+        request = {"authkey": message.authkey.hex(), "argv": message.argv, "directory": message.directory,
+                   "replaces": message.replaces}
         context = ZygoteContext(self._zygote, message.first_number, request, part.asks[1].fileno(), part.output,
                                 part.initializer)
         spec = GroupSpec(message.workers, context, None, (), message.max_tasks,  # type: ignore[arg-type]
@@ -559,27 +564,14 @@ class Agent:
     # -- modules of the driver's
 
     def _on_question(self, part: Part) -> None:
-        try:
-            data, descriptors, _, _ = socket.recv_fds(part.asks[0], 4096, 1)
-        except OSError:
-            return
-        if len(descriptors) != 1:
-            return
-        part.requests[descriptors[0]] = descriptors[0]
-        self._post(part, messages.Wanted(descriptors[0], data.decode("utf-8", "replace")))
+        wanted = part.questions.ask()
+        if wanted is not None:
+            self._post(part, wanted)
 
     def _on_found(self, part: Part, message: messages.Found, arrived: int) -> None:
-        found = part.arrivals.take(arrived)
-        asker = part.requests.pop(message.request, -1)
-        if asker >= 0:
-            with socket.socket(fileno=asker) as worker:
-                worker.setblocking(False)
-                try:
-                    socket.send_fds(worker, [b"y" if message.found else b"n"], found)
-                except OSError:
-                    pass  # it has ended meanwhile
-        for descriptor in found:
-            os.close(descriptor)
+        wanted = part.questions.found(message, part.arrivals.take(arrived))
+        if wanted is not None:
+            self._post(part, wanted)
 
     # -- sending
 

@@ -25,7 +25,7 @@ def digest(function: types.FunctionType, depth: int = 3) -> int:
     It covers the bytecode, names, constants and simple defaults, and, for a function of `__main__`, the functions of
     `__main__` that it calls by name, since a notebook redefines those one at a time.
     """
-    crc = _code_digest(function.__code__, 0)
+    crc = code_digest(function.__code__)
     for value in (function.__defaults__ or ()) + tuple((function.__kwdefaults__ or {}).values()):
         crc = zlib.crc32((repr(value) if isinstance(value, _SIMPLE) else type(value).__qualname__).encode(), crc)
     if depth and function.__module__ == "__main__":
@@ -36,12 +36,13 @@ def digest(function: types.FunctionType, depth: int = 3) -> int:
     return crc
 
 
-def _code_digest(code: types.CodeType, crc: int) -> int:
+def code_digest(code: types.CodeType, crc: int = 0) -> int:
+    """The same of code alone, wherever it stands in its file."""
     crc = zlib.crc32(code.co_code, crc)
     crc = zlib.crc32(repr((code.co_names, code.co_varnames, code.co_freevars)).encode(), crc)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            crc = _code_digest(constant, crc)
+            crc = code_digest(constant, crc)
         elif isinstance(constant, frozenset):
             crc = zlib.crc32(repr(sorted(map(repr, constant))).encode(), crc)
         else:

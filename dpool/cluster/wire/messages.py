@@ -6,6 +6,7 @@ fields are ignored, so that a newer peer may say more. Used by head, node and dr
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from typing import Annotated
 
@@ -16,6 +17,8 @@ from msgspec import Meta
 PROTOCOL = 1
 # What a control message may measure at most. Tasks, results and objects are not control messages.
 MAX_CONTROL_BYTES = 1 << 20
+# What a worker may ask its driver: the name of a module, or of a package and a path in it.
+MAX_QUESTION_BYTES = 4096
 
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Name = Annotated[str, Meta(max_length=256)]
@@ -180,6 +183,7 @@ class Report(Message, frozen=True):
     dpool: str
     nodes: list[NodeReport]
     drivers: list[DriverReport]
+    clock_s: float = 0.0  # the head's time of day when it answered
 
 
 class Leaving(Message, frozen=True):
@@ -209,6 +213,7 @@ class Open(Message, frozen=True):
     directory: Text = ""
     argv: list[Text] = []
     needs: Amounts = {}  # what each worker takes of the node
+    replaces: bool = False  # the program was started by `dpool run`: its workers replace the names, too
 
 
 class Resume(Message, frozen=True):
@@ -359,17 +364,26 @@ class Output(Message, frozen=True):
 
 
 class Wanted(Message, frozen=True):
-    """A worker asks for a module of the driver's."""
+    """A worker asks for a module of the driver's, or for a data file of a package. `whole`: the node has the answer no
+    more."""
 
     request: Number
-    name: Name
+    name: Annotated[str, Meta(max_length=MAX_QUESTION_BYTES)]
+    whole: bool = False
 
 
 class Found(Message, frozen=True):
-    """The answer to Wanted. The segment that came before it, if `found`, is what the worker knows how to read."""
+    """The answer to Wanted. The segment that came before it is what the worker knows how to read; none if there is
+    nothing to be found, or the node was sent the one with this digest before."""
 
     request: Number
     found: bool
+    digest: Annotated[bytes, Meta(max_length=64)] = b""
+
+
+def digest_of(answer: bytes) -> bytes:
+    """By which an answer to Wanted is known on both sides."""
+    return hashlib.blake2b(answer, digest_size=16).digest()
 
 
 ToHead = NodeState | DriverState | Ask | StopCluster | Leaving

@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 from array import array
 from collections import deque
 from itertools import starmap
@@ -407,6 +408,8 @@ def describe_exception(error: BaseException, kind: str = engine.RAISED) -> tuple
     could not be rebuilt from it, which is tried here, where it harms nobody."""
     import traceback
 
+    if isinstance(error, ModuleNotFoundError) and (modules := sys.modules.get("dpool.cluster.worker.modules")):
+        modules.explain(error)
     frames_of_user = error.__traceback__.tb_next if error.__traceback__ is not None else None
     text = "".join(traceback.format_exception(type(error), error, frames_of_user or error.__traceback__))
     name = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")

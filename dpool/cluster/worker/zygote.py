@@ -135,6 +135,10 @@ def _run_worker(request: dict[str, Any], given: dict[str, int]) -> int:
                   request["slots"], request["slot"], Claims(given["claims"]), request["max_tasks"],
                   Initializer(None, ()), request["environment"])
     modules.install(given["asks"])
+    if request["replaces"]:
+        from dpool import replacing
+
+        replacing.install()
 
     def run() -> None:
         if "initializer" in given:

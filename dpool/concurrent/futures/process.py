@@ -81,7 +81,8 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
                  max_tasks_per_child: int | None = None, on_worker_death: str = "break", retries: int = 0,
                  resources: Mapping[str, float | str] | None = None) -> None:
         self._group: Any = None  # opened by the first call
-        self._max_workers = _workers(max_workers)
+        self._limit = _workers(max_workers)
+        self._spec: GroupSpec | None = None  # of the group
         self._mp_context: Any = _context(mp_context, max_tasks_per_child)
         self._safe_to_dynamically_spawn_children = self._mp_context.get_start_method(allow_none=False) != "fork"
         if initializer is not None and not callable(initializer):
@@ -113,6 +114,13 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
         self._executor_manager_thread: Any = None
         self._call_queue: Any = _CallQueue()
         self._result_queue: Any = None
+
+    @property
+    def _max_workers(self) -> int:
+        """How many workers there may be. Without a limit, as many as this machine, or the cluster, has CPUs now."""
+        if self._limit is not None:
+            return self._limit
+        return self._spec.processes if self._spec is not None else session.default_processes(self._resources)
 
     @property
     def _broken(self) -> Any:  # type: ignore[override]
@@ -253,17 +261,19 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
                 raise RuntimeError("cannot schedule new futures after interpreter shutdown")
             if self._group is None:
                 initializer = LoggedInitializer(self._initializer) if self._initializer is not None else None
-                group: Any = session.current().open_group(GroupSpec(
+                spec = GroupSpec(
                     self._max_workers, self._mp_context, initializer, self._initargs, self._max_tasks_per_child,
                     # Forking once threads run is what can deadlock, so where workers are forked all are at once.
                     retries=self._retries, on_demand=self._safe_to_dynamically_spawn_children, worker_name="Process",
-                    daemon=False, break_on_death=self._on_worker_death == "break",
-                    resources=self._resources))
+                    daemon=False, break_on_death=self._on_worker_death == "break", all_cpus=self._limit is None,
+                    resources=self._resources)
+                group: Any = session.current().open_group(spec)
                 _finish_at_exit(group)
                 weakref.finalize(self, _close_group, group, os.getpid()).atexit = False
                 self._processes.living = getattr(group, "processes", ())
                 self._call_queue.group = group
                 self._executor_manager_thread = _ManagerThread(group)
+                self._spec = spec
                 self._group = group
             return self._group
 
@@ -740,9 +750,9 @@ def _report() -> None:
     threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
 
 
-def _workers(count: Any) -> int:
+def _workers(count: Any) -> int | None:
     if count is None:
-        return getattr(os, "process_cpu_count", os.cpu_count)() or 1
+        return None
     if isinstance(count, bool) or not hasattr(count, "__index__"):
         raise TypeError(f"max_workers must be an int or None, not {type(count).__name__}")
     number = int(count)
