@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,36 @@ def resident_mb() -> float:
     with open("/proc/self/statm", "rb") as file:
         pages = int(file.read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class Growth:
+    """How much more memory the machine has in use, at most, than when the `with` block was entered: what processes have
+    of their own, and what is shared. `mb` is true after the block."""
+
+    def __init__(self, every_s: float = 0.01) -> None:
+        self.mb = 0.0
+        self._every_s = every_s
+        self._over = threading.Event()
+
+    def _watch(self, before: float) -> None:
+        while not self._over.wait(self._every_s):
+            self.mb = max(self.mb, _used_mb() - before)
+
+    def __enter__(self) -> Growth:
+        gc.collect()
+        self._thread = threading.Thread(target=self._watch, args=(_used_mb(),))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def _used_mb() -> float:
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return sum(int(fields[name].split()[0]) for name in ("AnonPages", "Shmem")) * 1024 / 1e6
 
 
 def peak_mb() -> float:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from benchmarks import tasks
-from benchmarks.clock import expect, seconds
+from benchmarks.clock import Growth, expect, seconds
 from benchmarks.registry import Bar, Metric, Sample, case
 from benchmarks.targets import attribute, module, open_pool, open_ray
 
@@ -113,23 +113,46 @@ def small(target: str, quick: bool) -> Sample:
     bars=(Bar("s", 0.5, against="ray"),),
 )
 def shared(target: str, quick: bool) -> Sample:
+    with shared_by_tasks(target, quick) as (_, once):
+        once()
+        return {"s": seconds(once, quick)}
+
+
+@case(
+    "store.memory",
+    "memory for that, in arrays",
+    Metric("copies", "at most", "copies", ratio=False),
+    targets=STORES,
+    reference="ray",
+    bars=(Bar("copies", 1.1, against=""),),
+)
+def memory(target: str, quick: bool) -> Sample:
+    """The array of the program's own was there before, and does not count."""
+    with shared_by_tasks(target, quick) as (value, once), Growth() as growth:
+        once()
+    return {"copies": growth.mb * 1e6 / value.nbytes}
+
+
+@contextmanager
+def shared_by_tasks(target: str, quick: bool) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """The array, and what puts it once and gives it to each of many tasks."""
     count = 100 if quick else 1_000
     value = big(64 if quick else 256)
     with open_store(target) as store:
         if target == "ray":
             last_byte = store.remote(tasks.last_byte)
+            store.get([last_byte.remote(store.put(value[:9])) for _ in range(9)])  # its workers are there
 
-            def once() -> list[int]:
+            def once() -> None:
                 ref = store.put(value)
-                got: list[int] = store.get([last_byte.remote(ref) for _ in range(count)])
-                return got
+                expect([7] * count, store.get([last_byte.remote(ref) for _ in range(count)]))
 
-            expect([7] * count, once())
-            return {"s": seconds(once, quick)}
+            yield value, once
+            return
         with open_pool(target) as pool:
 
-            def mapped() -> list[int]:
-                return pool.map(tasks.last_byte, [store.put(value)] * count, 1)
+            def mapped() -> None:
+                expect([7] * count, pool.map(tasks.last_byte, [store.put(value)] * count, 1))
 
-            expect([7] * count, mapped())
-            return {"s": seconds(mapped, quick)}
+            pool.map(tasks.last_byte, [value[:9]] * 9, 1)
+            yield value, mapped
