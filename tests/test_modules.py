@@ -9,7 +9,9 @@ import os
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from textwrap import dedent
 
@@ -156,6 +158,31 @@ def test_old_bytecode_is_not_taken_for_the_original(cluster: Cluster, tmp_path: 
     assert (out, err) == ("new\n", "")
 
 
+def test_a_program_that_makes_errors_of_warnings_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    write(tmp_path, changed_py="VALUE = 'first'\ndef value():\n    return 1\n")
+    after = "VALUE = 'another'\ndef value():\n    return 2\n"
+    out, err = run(cluster, tmp_path, CHANGED.format(after=after), PYTHONDONTWRITEBYTECODE="1",
+                   PYTHONWARNINGS="error::RuntimeWarning")
+    assert out == "('another', 2)\n"
+    assert err.startswith(f"{tmp_path / 'changed.py'}: RuntimeWarning: changed was changed after it was imported here")
+
+
+def test_modules_in_a_zip_file_are_sent(cluster: Cluster, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.writestr("mine/__init__.py", "")
+        archive.writestr("mine/work.py", "from . import other\ndef work(x):\n    return x + other.VALUE\n")
+        archive.writestr("mine/other.py", "VALUE = 10\n")
+    out, err = run(cluster, tmp_path, """
+        import sys
+        sys.path.insert(0, "packed.zip")
+        import mine.work
+        if __name__ == "__main__":
+            with Pool(1) as pool:
+                print(pool.map(mine.work.work, [1, 2]))
+    """)
+    assert (out, err) == ("[11, 12]\n", "")
+
+
 # -- what travels
 
 
@@ -238,6 +265,12 @@ def test_what_is_not_answered(question: str) -> None:
 
 def test_what_is_installed_is_refused() -> None:
     assert answer("pytest") == b'{"refused": "is installed where the program runs"}\n'
+
+
+def test_an_extension_module_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"native_of_mine{EXTENSION_SUFFIXES[0]}").write_bytes(b"not loaded by a question")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert answer("native_of_mine") == b'{"refused": "is an extension module where the program runs"}\n'
 
 
 # -- the node's books

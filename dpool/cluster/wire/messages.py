@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 # Raised with every change that an older peer would misunderstand: peers of another number refuse each other.
-PROTOCOL = 1
+PROTOCOL = 2
 # What a control message may measure at most. Tasks, results and objects are not control messages.
 MAX_CONTROL_BYTES = 1 << 20
 # What a worker may ask its driver: the name of a module, or of a package and a path in it.
