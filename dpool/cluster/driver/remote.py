@@ -12,7 +12,6 @@ import os
 import struct
 import sys
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from multiprocessing import process as mp_process
@@ -29,7 +28,7 @@ from dpool.cluster.wire import frames, messages, pickling, sessions
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.events import CHANGED, DEATH, HOPELESS, LOST, MESSAGE, NODE_LOST, STOLEN
 from dpool.cluster.wire.keys import AGENT, DRIVER
-from dpool.cluster.wire.links import Dialer, Waker
+from dpool.cluster.wire.links import Dialer
 from dpool.engine import GroupSpec
 from dpool.errors import ClusterError
 
@@ -93,12 +92,12 @@ class RemoteProcess:
 class Node:
     """A session with a node: its part of the group. One node may have several, if its part has grown."""
 
-    def __init__(self, member: messages.Member, workers: int) -> None:
+    def __init__(self, member: messages.Member, workers: int, key: bytes, now: float) -> None:
         self.id = member.node
         self.addresses = list(member.addresses)
         self.host = member.host
         self.workers = workers
-        self.key = os.urandom(16)  # the session's
+        self.key = key  # the session's
         self.session = sessions.Session()
         self.dialer: Dialer | None = None
         self.resumed = False  # the connection carries the session
@@ -106,7 +105,7 @@ class Node:
         self.retry_at = 0.0
         self.refusals = 0
         self.opened = self.watched = False
-        self.open_until = time.monotonic() + OPEN_TIMEOUT_S
+        self.open_until = now + OPEN_TIMEOUT_S
         self.lost = ""  # why
         self.living: dict[int, RemoteProcess] = {}
         self.inflight: dict[int, None] = {}
@@ -148,7 +147,8 @@ class ClusterPort:
     def __init__(self, client: Client, spec: GroupSpec) -> None:
         self.client = client
         self.spec = spec
-        self.group = os.urandom(16)
+        self._now = client.around.now
+        self.group = client.around.new_id()
         self.processes: list[Any] = []
         self.supervisor = RemoteSupervisor()
         self._nodes: dict[bytes, Node] = {}  # by session
@@ -157,7 +157,7 @@ class ClusterPort:
         # Guards the dealing of batches: _of_batch, the nodes' inflight and outboxes.
         self._lock = threading.Lock()
         self._inbox: deque[tuple[str, Any]] = deque()  # from the client's thread
-        self._waker = Waker()
+        self._waker = client.around.waker()
         self._stirred: dict[Node, None] = {}
         self._owner = 0
         self._any = threading.Event()  # there is a worker, or was, or none will come
@@ -166,6 +166,7 @@ class ClusterPort:
         self._first_number = 0
         self._closing = self._killed = self._closed = False
         self._empty_since: float | None = None
+        self._open_until = 0.0
         self._initializer = self._pack_initializer(spec)
         self._prefix = _name_prefix(spec)
         # A door that has not been told how many workers takes what the cluster has.
@@ -189,25 +190,36 @@ class ClusterPort:
 
     def open(self) -> None:
         """Have the group placed and its workers started. Raises ClusterError if that fails, or takes too long."""
-        self.client.add(self._standing)
-        end = time.monotonic() + OPEN_TIMEOUT_S
+        self.begin()
         try:
-            while not self._nodes or not all(node.opened for node in self._nodes.values()):
-                left = end - time.monotonic()
-                if left <= 0:
-                    if not self._nodes:
-                        raise ClusterError(f"the cluster at {self.client.address} has no node: start one with "
-                                           f"dpool node {self.client.address}")
-                    names = ", ".join(node.host for node in self._nodes.values() if not node.opened)
-                    raise ClusterError(f"no answer within {OPEN_TIMEOUT_S:.0f} s from: {names}")
-                for kind, what, _ in self.poll(min(left, 0.2)):
-                    if kind == HOPELESS:
-                        raise what
+            while self.opening():
+                pass
         except BaseException:
             self.kill()
             self.close()
             raise
         self._owner = 0  # from now on another thread polls
+
+    def begin(self) -> None:
+        """Ask the head for nodes."""
+        self._open_until = self._now() + OPEN_TIMEOUT_S
+        self.client.add(self._standing)
+
+    def opening(self) -> bool:
+        """One turn of open() after begin(); False when the workers are there. Raises ClusterError if they never will."""
+        if self._nodes and all(node.opened for node in self._nodes.values()):
+            return False
+        left = self._open_until - self._now()
+        if left <= 0:
+            if not self._nodes:
+                raise ClusterError(f"the cluster at {self.client.address} has no node: start one with "
+                                   f"dpool node {self.client.address}")
+            names = ", ".join(node.host for node in self._nodes.values() if not node.opened)
+            raise ClusterError(f"no answer within {OPEN_TIMEOUT_S:.0f} s from: {names}")
+        for kind, what, _ in self.poll(min(left, 0.2)):
+            if kind == HOPELESS:
+                raise what
+        return True
 
     def _on_placed(self, placed: messages.Placed) -> None:
         self._inbox.append(("placed", placed))
@@ -221,7 +233,7 @@ class ClusterPort:
         for member in placed.members:
             more = member.workers - has.get(member.node, 0)
             if more > 0 and member.addresses:
-                self._connect(Node(member, more))
+                self._connect(Node(member, more, self.client.around.new_id(), self._now()))
         self._tell_head(placed.epoch)
 
     def _parts(self) -> dict[bytes, int]:
@@ -231,7 +243,7 @@ class ClusterPort:
         return parts
 
     def _tell_head(self, epoch: int | None = None) -> None:
-        now = time.monotonic()
+        now = self._now()
         self._avoid = {id: until for id, until in self._avoid.items() if until > now}
         self.client.update(self._standing, epoch or self._standing.epoch, self._parts(), list(self._avoid))
 
@@ -256,7 +268,7 @@ class ClusterPort:
         node.watched = True
         self.client.watch(Pulse(node.key, node.addresses[0], lambda: node.session.received,
                                 lambda received: self._tell("echo", (node, received)),
-                                lambda why: self._tell("lost", (node, why))))
+                                lambda why: self._tell("lost", (node, why)), self._now()))
 
     def _tell(self, kind: str, what: Any) -> None:
         self._inbox.append((kind, what))
@@ -265,7 +277,7 @@ class ClusterPort:
 
     def _dial(self, node: Node) -> None:
         """A new connection for a session: the first, or one after another has broken."""
-        node.dialer = dialer = Dialer(self.client.context, self.client.keys, DRIVER, AGENT, node.addresses[0])
+        node.dialer = dialer = self.client.around.dialer(DRIVER, AGENT, node.addresses[0])
         node.resumed = False
         for descriptor in dialer.descriptors:
             self._by_descriptor[descriptor] = node
@@ -467,7 +479,7 @@ class ClusterPort:
             waiting.append(self._empty_since + REPLACE_WITHIN_S)
         if not waiting:
             return timeout
-        left = max(min(waiting) - time.monotonic(), 0.0)
+        left = max(min(waiting) - self._now(), 0.0)
         return left if timeout is None else min(left, timeout)
 
     def _flush(self) -> None:
@@ -613,7 +625,7 @@ class ClusterPort:
     # -- connections that break, nodes that are lost
 
     def _on_broken(self, node: Node, dialer: Dialer, events: list[tuple[int, Any, list[int]]]) -> None:
-        now = time.monotonic()
+        now = self._now()
         refused = not dialer.connected and "refused" in dialer.failure
         node.refusals += refused
         self._undial(node)
@@ -625,7 +637,7 @@ class ClusterPort:
 
     def _look_after(self, events: list[tuple[int, Any, list[int]]]) -> None:
         """What falls due with time."""
-        now = time.monotonic()
+        now = self._now()
         for node in list(self._nodes.values()):
             if not node.opened and now > node.open_until:
                 self._lose(node, f"it has not answered within {OPEN_TIMEOUT_S:.0f} s", events)
@@ -680,12 +692,12 @@ class ClusterPort:
             process.ended(None)
             self.processes.remove(process)
         node.living.clear()
-        self._avoid[node.id] = time.monotonic() + AVOID_S
+        self._avoid[node.id] = self._now() + AVOID_S
         self._tell_head()
         events.extend((NODE_LOST, (batch, node.host, why), []) for batch in batches)
         events.append((CHANGED, None, []))
         if not self._nodes and not self._closing and not self._killed:
-            self._empty_since = time.monotonic()
+            self._empty_since = self._now()
 
     # -- sending, by the I/O thread
 

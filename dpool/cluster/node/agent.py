@@ -2,7 +2,7 @@
 
 It carries batches from drivers to workers and outcomes back by their headers alone, and unpickles nothing. What is
 lost is ledger.py's to decide, how many workers there should be supervisor.py's. Run by `dpool node`, in the thread
-that calls serve().
+that calls serve(); the simulation calls step().
 
     driver  --- TCP, CURVE --->  agent  --- socket pair, one a group --->  workers
                                    |  --- requests to fork --->  zygote
@@ -12,19 +12,16 @@ that calls serve().
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
 import msgspec
-import zmq
 
 from dpool.cluster.node.ledger import Ledger
 from dpool.cluster.node.output import Output
-from dpool.cluster.node.starting import Worker, Zygote, ZygoteContext, memory_bytes
+from dpool.cluster.node.starting import Zygote, ZygoteContext, memory_bytes
 from dpool.cluster.node.workers import Workers
 from dpool.cluster.store import segments
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
@@ -32,7 +29,8 @@ from dpool.cluster.wire import frames, messages, sessions
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.events import MESSAGE
 from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, Keys
-from dpool.cluster.wire.links import Dialer, Frame, Listener, Received, Waker, address_of, local_host
+from dpool.cluster.wire.links import Frame, Received, address_of
+from dpool.cluster.wire.surroundings import Surroundings
 from dpool.engine import GroupSpec
 
 # How often the head hears of this node, and how often the clock is looked at.
@@ -79,7 +77,7 @@ class Part:
     def close(self) -> None:
         """Give every descriptor back; its workers must have ended or be ending."""
         if self.workers is not None:
-            for process in self.workers._slots.values():
+            for process in self.workers.by_slot.values():
                 process.let_go()
             self.workers.close()
         self.arrivals.close()
@@ -94,37 +92,43 @@ class Part:
             end.close()
 
 
+# Makes the workers of a part, as its driver has asked for them; starts none.
+MakeWorkers = Callable[[Part, messages.Open], Workers]
+
+
 class Agent:
     """Listens from the moment it is made. Raises ValueError for a bad address, OSError for one that is taken."""
 
-    def __init__(self, keys: Keys, head: str, bind: str | None, cpus: int, log: Callable[[str], object]) -> None:
-        self._context = zmq.Context()
+    def __init__(self, keys: Keys, head: str, bind: str | None, cpus: int, log: Callable[[str], object],
+                 around: Surroundings | None = None, make_workers: MakeWorkers | None = None) -> None:
+        self._around = around or Surroundings(keys)
         self._log = log
         try:
-            host = local_host(head)
-            self._listener = Listener(self._context, keys, AGENT, bind or address_of(host, 0))
+            self._listener = self._around.listener(AGENT, bind or address_of(self._around.host(head), 0))
         except BaseException:
-            self._context.term()
+            self._around.end()
             raise
         self.address = self._listener.address
-        self._head = Dialer(self._context, keys, AGENT, HEAD, head, again=True)
-        self._waker = Waker()
+        self._head = self._around.dialer(AGENT, HEAD, head, again=True)
+        self._waker = self._around.waker()
         self._waker.add(self._listener.descriptors)
         self._waker.add(self._head.descriptors)
-        self.id = os.urandom(16)
+        self.id = self._around.new_id()
         self._cpus = cpus
         self._memory = memory_bytes()
         self._number = 0
         self._versions = messages.Versions.here()
         self._zygote = Zygote()
-        self._zygote.start()
+        if make_workers is None:
+            self._zygote.start()
+        self._make_workers = make_workers or self._fork_workers
         self._parts: dict[bytes, Part] = {}
         self._by_peer: dict[bytes, Part] = {}
         self._by_descriptor: dict[int, Part] = {}
         self._ended: dict[bytes, None] = {}  # sessions of late, so that a driver that resumes one learns its end
         self._tasks_done = 0
         self._stop = threading.Event()
-        self._alone_since = time.monotonic()
+        self._alone_since = self._state_at = self._around.now()
         self.joined = threading.Event()
         self.refused = ""  # why the head does not take this node
         self._said = ""
@@ -133,43 +137,45 @@ class Agent:
 
     def serve(self) -> None:
         """Until stop() is called, here or by `dpool stop`, or nobody has needed this node for long."""
-        now = time.monotonic()
-        state_at = now
         try:
             while not self._stop.is_set() and not self.refused:
-                now = time.monotonic()
-                if now >= state_at:
-                    self._say_state()
-                    self._look_around(now)
-                    state_at = now + STATE_EVERY_S
-                deadline = state_at
-                for part in self._parts.values():
-                    if part.ledger.deadline is not None:
-                        deadline = min(deadline, part.ledger.deadline)
-                    if part.ending:
-                        deadline = min(deadline, now + 0.05)
-                    if part.stops:
-                        deadline = min(deadline, now + STOP_RECHECK_S)
-                ready = self._waker.wait(deadline - now)
-                self._listener.authenticate()
-                for descriptor in ready:
-                    part_or_none = self._by_descriptor.get(descriptor)
-                    if part_or_none is not None:
-                        self._on_part(part_or_none, descriptor)
-                for part in list(self._parts.values()):
-                    if part.ending or part.stops or part.ledger.deadline is not None:
-                        self._on_time(part, time.monotonic())
-                # Last, and until there is nothing: sending, too, may use up the news of what has come.
-                for message in self._head.receive():
-                    self._from_head(message[0])
-                self._head.watch()
-                self._report_link()
-                for received in self._listener.receive():
-                    self._from_driver(received)
-                for peer in self._listener.ended():
-                    self._on_broken(peer, time.monotonic())
+                self.step()
         finally:
             self._end()
+
+    def step(self) -> None:
+        """One turn of serve(): wait until something comes or falls due, and see to it."""
+        now = self._around.now()
+        if now >= self._state_at:
+            self._say_state()
+            self._look_around(now)
+            self._state_at = now + STATE_EVERY_S
+        deadline = self._state_at
+        for part in self._parts.values():
+            if part.ledger.deadline is not None:
+                deadline = min(deadline, part.ledger.deadline)
+            if part.ending:
+                deadline = min(deadline, now + 0.05)
+            if part.stops:
+                deadline = min(deadline, now + STOP_RECHECK_S)
+        ready = self._waker.wait(deadline - now)
+        self._listener.authenticate()
+        for descriptor in ready:
+            part_or_none = self._by_descriptor.get(descriptor)
+            if part_or_none is not None:
+                self._on_part(part_or_none, descriptor)
+        for part in list(self._parts.values()):
+            if part.ending or part.stops or part.ledger.deadline is not None:
+                self._on_time(part, self._around.now())
+        # Last, and until there is nothing: sending, too, may use up the news of what has come.
+        for message in self._head.receive():
+            self._from_head(message[0])
+        self._head.watch()
+        self._report_link()
+        for received in self._listener.receive():
+            self._from_driver(received)
+        for peer in self._listener.ended():
+            self._on_broken(peer, self._around.now())
 
     def stop(self) -> None:
         """Make serve() return. Any thread and any signal handler may call it."""
@@ -183,7 +189,7 @@ class Agent:
         self._head.close(linger_ms=200)
         self._listener.close()
         self._waker.close()
-        self._context.term()
+        self._around.end()
         self._zygote.close()
 
     # -- the head
@@ -265,7 +271,7 @@ class Agent:
 
     def _on_connection(self, peer: bytes, message: messages.ToNode) -> None:
         """A message about a connection or session as a whole."""
-        now = time.monotonic()
+        now = self._around.now()
         if isinstance(message, messages.Pulse):
             part = self._parts.get(message.session)
             if part is None:
@@ -382,9 +388,7 @@ class Agent:
             part.ledger.waiting.clear()
             workers.kill(message.at_once)
         elif isinstance(message, messages.Signal):
-            for pidfd, slot in workers._pidfds.items():
-                if slot == message.slot:
-                    signal.pidfd_send_signal(pidfd, message.number)
+            workers.signal(message.slot, message.number)
         elif isinstance(message, messages.Forget):
             descriptor = part.functions.pop(message.function, -1)
             if descriptor >= 0:
@@ -408,12 +412,7 @@ class Agent:
             self._post(part, messages.Failed(f"the node on {socket.gethostname()} cannot be used: {conflict}"))
             return
         part.group = message.group
-        request = {"authkey": message.authkey.hex(), "argv": message.argv, "directory": message.directory}
-        context = ZygoteContext(self._zygote, message.first_number, request, part.asks[1].fileno(), part.output,
-                                part.initializer)
-        spec = GroupSpec(message.workers, context, None, (), message.max_tasks,  # type: ignore[arg-type]
-                         on_demand=message.on_demand, worker_name=message.worker_name)
-        part.workers = workers = Workers(spec)
+        part.workers = workers = self._make_workers(part, message)
         # What a worker needs to be forked; kept open as long as the part.
         try:
             workers.open()
@@ -421,11 +420,18 @@ class Agent:
             part.workers = None
             self._post(part, messages.Failed(f"no worker can be started on {socket.gethostname()}: {error}"))
             return
-        for descriptor in (workers._poll.fileno(), part.asks[0].fileno()):
+        for descriptor in (workers.descriptor, part.asks[0].fileno()):
             self._by_descriptor[descriptor] = part
             self._waker.add([descriptor])
         self._watch_output(part)
         self._post(part, messages.Opened(_slots(workers)))
+
+    def _fork_workers(self, part: Part, message: messages.Open) -> Workers:
+        request = {"authkey": message.authkey.hex(), "argv": message.argv, "directory": message.directory}
+        context = ZygoteContext(self._zygote, message.first_number, request, part.asks[1].fileno(), part.output,
+                                part.initializer)
+        return Workers(GroupSpec(message.workers, context, None, (), message.max_tasks,  # type: ignore[arg-type]
+                                 on_demand=message.on_demand, worker_name=message.worker_name))
 
     def _start(self, part: Part, workers: Workers, before: set[int]) -> None:
         """Start the workers that are missing, and tell the driver which are new."""
@@ -475,7 +481,7 @@ class Agent:
         if descriptor == part.asks[0].fileno():
             self._on_question(part)
             return
-        if descriptor != workers._poll.fileno():
+        if descriptor != workers.descriptor:
             self._on_output(part, descriptor)
             return
         for _ in range(_BURST):
@@ -513,7 +519,7 @@ class Agent:
         self._send(part, part.session.wrap(sessions.RESULTS, (message,), segments=len(descriptors)))
 
     def _on_death(self, part: Part, workers: Workers, death: Death) -> None:
-        part.ledger.died(death.batch, workers.claimed(), time.monotonic())
+        part.ledger.died(death.batch, workers.claimed(), self._around.now())
         before = {process.pid for process in workers.processes}
         self._post(part, messages.Died(death.slot, death.pid, death.exitcode, death.batch, death.task, death.ready,
                                        death.trace, death.expected, workers.supervisor.failed_starts,
@@ -527,7 +533,7 @@ class Agent:
         if workers is None:
             return
         if part.ending:
-            self._on_part(part, workers._poll.fileno())  # its poll() also keeps the time of kill()
+            self._on_part(part, workers.descriptor)  # its poll() also keeps the time of kill()
             if not workers.supervisor.closing:
                 self._close_tasks(part, workers)
         if part.stops:
@@ -611,7 +617,6 @@ class Agent:
 
 def _slots(workers: Workers) -> list[messages.Slot]:
     found = []
-    for slot, process in workers._slots.items():
-        assert isinstance(process, Worker)
+    for slot, process in workers.by_slot.items():
         found.append(messages.Slot(slot, process.pid, process.name))
     return found
