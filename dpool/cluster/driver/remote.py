@@ -206,7 +206,7 @@ class ClusterPort:
         self.client.add(self._standing)
 
     def opening(self) -> bool:
-        """One turn of open() after begin(); False when the workers are there. Raises ClusterError if they never will."""
+        """One turn of open() after begin(); False when the workers are there. Raises ClusterError if they never are."""
         if self._nodes and all(node.opened for node in self._nodes.values()):
             return False
         left = self._open_until - self._now()
@@ -473,7 +473,8 @@ class ClusterPort:
         return events
 
     def _until_due(self, timeout: float | None) -> float | None:
-        waiting = [node.retry_at for node in self._nodes.values() if node.broken_at is not None]
+        waiting = [node.retry_at if node.dialer is None else node.broken_at + RESUME_WITHIN_S
+                   for node in self._nodes.values() if node.broken_at is not None]
         waiting += [node.open_until for node in self._nodes.values() if not node.opened]
         if self._empty_since is not None:
             waiting.append(self._empty_since + REPLACE_WITHIN_S)
@@ -639,16 +640,16 @@ class ClusterPort:
         """What falls due with time."""
         now = self._now()
         for node in list(self._nodes.values()):
-            if not node.opened and now > node.open_until:
+            if not node.opened and now >= node.open_until:
                 self._lose(node, f"it has not answered within {OPEN_TIMEOUT_S:.0f} s", events)
                 continue
             if node.broken_at is None:
                 continue
-            if now - node.broken_at > RESUME_WITHIN_S:
+            if now >= node.broken_at + RESUME_WITHIN_S:
                 self._lose(node, "its connection is broken and cannot be made again", events)
             elif node.dialer is None and now >= node.retry_at:
                 self._dial(node)
-        if self._empty_since is not None and now - self._empty_since > REPLACE_WITHIN_S:
+        if self._empty_since is not None and now >= self._empty_since + REPLACE_WITHIN_S:
             self._empty_since = None
             events.append((HOPELESS, ClusterError(
                 f"every node of this group was lost, and the cluster at {self.client.address} has had no other for "
