@@ -26,8 +26,8 @@ STATE_EVERY_S = 1.0
 # A node that answers no pulse for so long is lost. Longer: rides out longer cuts of the network. Shorter: its tasks are
 # run elsewhere sooner.
 SILENT_AFTER_S = 10.0
-
-
+# A turn takes a second at most. If one has taken so long, this process was stopped: that time is no silence of others.
+STOPPED_AFTER_S = 3.0
 # How long a node that was lost is told that its session is over; after that time it has ended it by itself.
 DISMISS_WITHIN_S = 70.0
 # How long leaving the cluster may take.
@@ -95,6 +95,7 @@ class Client:
         self.heard_at = self.around.now()
         self._state_at = self._pulse_at = 0.0
         self._was_connected = False
+        self._turned_at = self.around.now()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="dpool-client", daemon=True)
         if around is None:
@@ -191,6 +192,10 @@ class Client:
             self._leave()
             return False
         now = self.around.now()
+        if now > self._turned_at + STOPPED_AFTER_S:
+            for pulse in self._pulses.values():
+                pulse.echoed_at += now - self._turned_at
+        self._turned_at = now
         if self._head.connected and not self._was_connected:
             self._state_at = 0.0
         self._was_connected = self._head.connected
