@@ -55,6 +55,7 @@ class Ledger(Generic[Message]):
     def died(self, batch: int, claimed: dict[int, int], now: float) -> None:
         """A worker has ended, in `batch` or in none (0): it may have taken another and not said so yet."""
         self.handed.pop(batch, None)
+        self._suspects.pop(batch, None)
         for number in self.handed:
             if number not in claimed:
                 self._suspects.setdefault(number, now + LOST_AFTER_S)
