@@ -48,6 +48,10 @@ class World:
         self.ids += 1
         return self.ids.to_bytes(16, "big")
 
+    def end(self) -> None:
+        """Forget what was still to come."""
+        self._heap.clear()
+
     def run(self, until: float, finished: Callable[[], bool]) -> bool:
         """Until `finished`, looked at after each event, or that time; whether it is finished."""
         heap = self._heap

@@ -158,8 +158,10 @@ class Faults:
         self._stop(self.random.choice(processes), BRIEF_S * self.random.random())
 
     def stop_driver(self) -> None:
-        self._stop(self.random.choice(self.history.drivers).process,
-                   self.random.choice([2.0, BRIEF_STOP_S]) * self.random.random())
+        driver = self.random.choice(self.history.drivers)
+        seconds = self.random.choice([2.0, BRIEF_STOP_S]) * self.random.random()
+        if self.history.kind != BRIEF or driver.group is not None:  # else it may be too late to open
+            self._stop(driver.process, seconds)
 
     def restart_head(self) -> None:
         """It forgets everything."""

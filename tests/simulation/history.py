@@ -319,7 +319,7 @@ class Driver:
         self.history.network.died(self.process, silent)
         for node in self.port._nodes.values():
             node.arrivals.close()
-        if self.group is not None:
+        if self.group is not None and self.phase != "closed":
             for number in self.group._lent:
                 self.group._store.lost((self.group, number))
             self.group._store.detach()
@@ -404,6 +404,8 @@ class History:
                 self._clean()
         self.nodes.clear()
         self.drivers.clear()
+        self.world.end()
+        self.network.end()
         if _open_descriptors() > before:
             gc.collect()
             if _open_descriptors() > before:

@@ -99,6 +99,13 @@ class Network:
                 if end is not None and end.process is process:
                     connection.abort(end, silent)
 
+    def end(self) -> None:
+        """Forget everything."""
+        self.connections.clear()
+        self.listeners.clear()
+        self.sources.clear()
+        self._stalled.clear()
+
     def forget(self, connection: Connection) -> None:
         if connection in self.connections:
             self.connections.remove(connection)
