@@ -56,7 +56,7 @@ class Pulse:
 
     __slots__ = ("session", "address", "dialer", "echoed_at", "received", "on_echo", "on_lost", "dismissed_at")
 
-    def __init__(self, session: bytes, address: str, received: Callable[[], int], on_echo: Callable[[int], None],
+    def __init__(self, session: bytes, address: str, received: Callable[[], int], on_echo: Callable[[int, bool], None],
                  on_lost: Callable[[str], None], now: float) -> None:
         self.session = session
         self.address = address
@@ -297,7 +297,7 @@ class Client:
                 continue
             if isinstance(message, messages.Pulse) and message.session == pulse.session and pulse.dismissed_at is None:
                 pulse.echoed_at = self.around.now()
-                pulse.on_echo(message.received)
+                pulse.on_echo(message.received, message.linked)
             elif isinstance(message, messages.Gone) and message.session == pulse.session:
                 self._drop_pulse(pulse.session)
                 if pulse.dismissed_at is None:

@@ -104,6 +104,7 @@ class Node:
         self.broken_at: float | None = None
         self.retry_at = 0.0
         self.refusals = 0
+        self.unlinked = 0  # echoes in a row that say that the node has no connection
         self.opened = self.watched = False
         self.open_until = now + OPEN_TIMEOUT_S
         self.lost = ""  # why
@@ -267,18 +268,20 @@ class ClusterPort:
         """Begin the pulse: not earlier than the node knows the session, for it denies those it does not know."""
         node.watched = True
         self.client.watch(Pulse(node.key, node.addresses[0], lambda: node.session.received,
-                                lambda received: self._tell("echo", (node, received)),
+                                lambda *echo: self._tell("echo", (node, *echo)),
                                 lambda why: self._tell("lost", (node, why)), self._now()))
 
     def _tell(self, kind: str, what: Any) -> None:
         self._inbox.append((kind, what))
-        if kind == "lost" or what[0].objects:  # some of which may be gone here
+        node = what[0]
+        if kind == "lost" or node.objects or not what[2]:  # some of the objects may be gone here
             self._waker.wake()
 
     def _dial(self, node: Node) -> None:
         """A new connection for a session: the first, or one after another has broken."""
         node.dialer = dialer = self.client.around.dialer(DRIVER, AGENT, node.addresses[0])
         node.resumed = False
+        node.unlinked = 0
         for descriptor in dialer.descriptors:
             self._by_descriptor[descriptor] = node
         self._waker.add(dialer.descriptors)
@@ -478,6 +481,8 @@ class ClusterPort:
         waiting += [node.open_until for node in self._nodes.values() if not node.opened]
         if self._empty_since is not None:
             waiting.append(self._empty_since + REPLACE_WITHIN_S)
+        if self._avoid:
+            waiting.append(min(self._avoid.values()))
         if not waiting:
             return timeout
         left = max(min(waiting) - self._now(), 0.0)
@@ -636,6 +641,14 @@ class ClusterPort:
         if node.refusals >= 2 or "key" in dialer.failure:
             self._lose(node, f"{node.addresses[0]}: {dialer.failure}", events)
 
+    def _on_linked(self, node: Node, linked: bool) -> None:
+        """Whether a node has a connection for the session. One that has none has seen an end that is not seen here; but
+        what it says once may be older than the connection."""
+        node.unlinked = 0 if linked or not node.resumed else node.unlinked + 1
+        if node.unlinked >= 2:
+            self._undial(node)
+            node.broken_at = node.retry_at = self._now()
+
     def _look_after(self, events: list[tuple[int, Any, list[int]]]) -> None:
         """What falls due with time."""
         now = self._now()
@@ -649,6 +662,8 @@ class ClusterPort:
                 self._lose(node, "its connection is broken and cannot be made again", events)
             elif node.dialer is None and now >= node.retry_at:
                 self._dial(node)
+        if self._avoid and now >= min(self._avoid.values()):
+            self._tell_head()  # that the node may serve again
         if self._empty_since is not None and now >= self._empty_since + REPLACE_WITHIN_S:
             self._empty_since = None
             events.append((HOPELESS, ClusterError(
@@ -661,9 +676,10 @@ class ClusterPort:
             if kind == "placed":
                 self._follow(what)
             elif kind == "echo":
-                node, received = what
+                node, received, linked = what
                 if received <= node.session.sent:
                     node.session.acknowledged(received)
+                self._on_linked(node, linked)
                 if node.objects and not node.lost:
                     with self._lock:
                         gone = self._gone(node)

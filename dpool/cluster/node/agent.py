@@ -279,7 +279,7 @@ class Agent:
                 return
             part.gone_at = now + DRIVER_LEASE_S
             part.session.acknowledged(message.received)
-            self._answer(peer, messages.Pulse(message.session, part.session.received))
+            self._answer(peer, messages.Pulse(message.session, part.session.received, part.peer is not None))
         elif isinstance(message, messages.Resume):
             part = self._parts.get(message.session)
             if part is None:
