@@ -73,6 +73,7 @@ class Group:
         self._ended: DpoolError | None = None  # why nothing more can run: GroupBroken or GroupTerminated
         self._doom: GroupBroken | None = None  # why it will end as soon as a worker has: its initializer failed
         self._suspects: dict[int, float] = {}  # batches that may have been lost -> when to decide
+        self._out: set[int] = set()  # those that were in no worker and not in the socket when last looked at
         self._timer_armed = False
         self._stopped: set[int] = set()  # slots whose workers were ended to stop a task, until they are dead
         self._lent: set[int] = set()  # batches that were sent a segment of the store's
@@ -560,10 +561,15 @@ class Group:
             with self._lock:
                 for number in due:
                     del self._suspects[number]
+                    out = number in self._out
+                    self._out.discard(number)
                     if number not in self._dispatch.inflight or number in claimed:
                         continue
-                    if self._still_waits(number, claimed):
+                    waits = self._still_waits(number, claimed)
+                    if waits or not out:  # a worker may have taken it just now
                         self._suspects[number] = now + LOST_AFTER_S
+                        if not waits:
+                            self._out.add(number)
                     else:
                         self._dispatch.lost(number)
                         self._store.lost((self, number))
@@ -584,6 +590,7 @@ class Group:
             self._ended = why
             left = self._dispatch.abandon()
             self._suspects.clear()
+            self._out.clear()
         self._unattend()
         self.port.kill(at_once)
         failure = Failure(engine.ABANDONED, why)

@@ -293,7 +293,9 @@ class Agent:
             self._by_peer[peer] = part
             part.gone_at = now + DRIVER_LEASE_S
             again = part.session.resume(message.received)
-            self._answer(peer, messages.Resumed(message.session, part.session.received))
+            if not self._answer(peer, messages.Resumed(message.session, part.session.received)):
+                # An earlier connection, whose message was read after that of the one that has replaced it.
+                self._on_broken(peer, now)
             for resent in again:
                 self._listener.send(peer, resent)
         elif isinstance(message, messages.Bye):
@@ -301,9 +303,10 @@ class Agent:
             if part is not None:
                 self._drop(part)
 
-    def _answer(self, peer: bytes, message: messages.Message) -> None:
+    def _answer(self, peer: bytes, message: messages.Message) -> bool:
+        """False if the connection has ended."""
         header = sessions.HEADER.pack(sessions.CONTROL, 0, 0, 0, 0, 0)
-        self._listener.send(peer, (header + messages.encode(message),))
+        return self._listener.send(peer, (header + messages.encode(message),))
 
     def _on_broken(self, peer: bytes, now: float) -> None:
         part = self._by_peer.pop(peer, None)
@@ -588,8 +591,8 @@ class Agent:
                                                beside=piece))
 
     def _send(self, part: Part, message: sessions.Frames) -> None:
-        if part.peer is not None:
-            self._listener.send(part.peer, message)
+        if part.peer is not None and not self._listener.send(part.peer, message):
+            self._on_broken(part.peer, self._around.now())
 
     # -- the end of a part
 
