@@ -16,10 +16,11 @@ from typing import Any, cast
 from unittest import mock
 
 from dpool import engine
+from dpool.cluster.driver import dispatch as dispatch_module
 from dpool.cluster.driver import group as group_module
 from dpool.cluster.driver import remote
 from dpool.cluster.driver.client import Client
-from dpool.cluster.driver.dispatch import NODE_LOSSES, Dispatch, Job
+from dpool.cluster.driver.dispatch import Dispatch, Job
 from dpool.cluster.driver.functions import FunctionTable
 from dpool.cluster.driver.group import Group
 from dpool.cluster.driver.remote import ClusterPort
@@ -40,6 +41,8 @@ HEAD = "tcp://head:7077"
 KEYS = Keys(bytes(32))
 # After the last fault everything must be done within this time.
 DONE_WITHIN_S = 150.0
+# After the last fault what was given up must have ended within this time.
+FENCED_WITHIN_S = 20.0
 # After the last result nodes must have forgotten everything within this time: the lease of a driver, and a little.
 FORGOTTEN_WITHIN_S = 100.0
 # No fault begins later.
@@ -99,7 +102,7 @@ class Sink:
             if self.kinds[index] == RAISES and error.args == (index,):
                 return
         elif isinstance(error, NodeLost):
-            if history.lost_with[key] == NODE_LOSSES + 1:
+            if history.lost_with[key] == history.losses + 1:
                 return
         elif isinstance(error, WorkerDied):
             if history.died_in[key] > self.driver.spec.retries:
@@ -121,6 +124,8 @@ class Watched(Dispatch):
     def node_lost(self, number: int) -> list[tuple[Job, int]]:
         for key in self._keys(number):
             self.history.lost_with[key] += 1
+            if self.history.lost_with[key] > self.history.losses + 1:
+                raise Violation(f"task {key} was lost with its node more often than it may be")
             self.history.given_back[key] += 1
         self.history.world.say(f"batch {number} given up with its node: {self._keys(number)}")
         return super().node_lost(number)
@@ -341,6 +346,7 @@ class History:
         self.tempo = random.choice([0.0002, 0.005, 0.1])
         self.segments = random.random() < 0.3
         self.by_name = random.random() < 0.2
+        self.losses = random.choice([0, 1, 3])  # how often a task may be run again whose node is lost
         self.jobs = 0
         self.begun: Counter[Key] = Counter()
         self.given_back: Counter[Key] = Counter()
@@ -418,6 +424,7 @@ class History:
         with (mock.patch.object(group_module, "table", FunctionTable()), mock.patch.object(store, "time", clock),
               mock.patch.object(frames, "INLINE_MAX_BYTES", 100 if self.segments else frames.INLINE_MAX_BYTES),
               mock.patch.object(transfer, "PIECE_BYTES", 64 if self.segments else transfer.PIECE_BYTES),
+              mock.patch.object(dispatch_module, "NODE_LOSSES", self.losses),
               mock.patch.object(remote, "MAX_KEPT", 2 if self.segments else remote.MAX_KEPT)):
             yield
 
@@ -425,7 +432,7 @@ class History:
         random = self.world.random
         self.world.say(f"seed {self.seed}: a {self.kind} history")
         self.head = HeadMachine(self)
-        for number in range(random.randint(1, 4)):
+        for number in range(random.choice([1, 1, 2, 3, 4])):
             self.nodes.append(NodeMachine(self, f"node{number}", random.randint(1, 4)))
         for number in range(random.choice([1, 1, 2])):
             spec = GroupSpec(random.randint(1, 6), None, retries=random.randint(0, 2),  # type: ignore[arg-type]
@@ -440,7 +447,13 @@ class History:
 
         quiet = plan(self)
         until = quiet + DONE_WITHIN_S
-        if not self.world.run(until, lambda: self.world.now >= quiet and all(one.finished for one in self.drivers)):
+        self.world.at(quiet + FENCED_WITHIN_S, self._check_fences)
+
+        def finished() -> bool:
+            least = quiet + FENCED_WITHIN_S if self.lost_with else quiet
+            return self.world.now >= least and all(driver.finished for driver in self.drivers)
+
+        if not self.world.run(until, finished):
             stuck = [(driver.name, driver.phase, sink.number, sorted(set(range(len(sink.kinds))) - sink.known))
                      for driver in self.drivers for sink in driver.sinks if sink.left and driver.process.alive]
             phases = [(driver.name, driver.phase, driver.to_submit) for driver in self.drivers]
@@ -450,20 +463,31 @@ class History:
             if again:
                 raise Violation(f"tasks were run more than once in a {self.kind} history: {again}")
 
+    def _check_fences(self) -> None:
+        """What drivers have given up has ended: nothing of it runs on a node that can be reached again."""
+        of = {driver.port.group: driver for driver in self.drivers if driver.process.alive}
+        for node in self.nodes:
+            for part in node.agent._parts.values() if node.process.alive else ():
+                driver = of.get(part.group)
+                if driver is not None and driver.phase == "open" and part.id not in driver.port._nodes:
+                    raise Violation(f"{node.host} still has a part that {driver.name} gave up")
+
     def _end(self) -> None:
         for driver in self.drivers:
             driver.close()
         until = self.world.now + FORGOTTEN_WITHIN_S
 
         def forgotten() -> bool:
-            return (all(driver.gone for driver in self.drivers) and not self.head.head.membership.drivers
-                    and not any(node.agent._parts for node in self.nodes if node.process.alive))
+            head = self.head.head.membership
+            living = [node for node in self.nodes if node.process.alive]
+            return (all(driver.gone for driver in self.drivers) and not any(node.agent._parts for node in living)
+                    and not head.drivers and set(head.nodes) == {node.agent.id for node in living})
 
         if not self.world.run(until, forgotten):
             left = [driver.name for driver in self.drivers if not driver.gone]
             kept = [node.host for node in self.nodes if node.process.alive and node.agent._parts]
             raise Violation(f"{FORGOTTEN_WITHIN_S:.0f} s after the last result drivers {left} have not ended, nodes "
-                            f"{kept} have not forgotten, the head knows {len(self.head.head.membership.drivers)}")
+                            f"{kept} have not forgotten, the head knows {self.head.head.membership.report(self.world.now)}")
 
     def _clean(self) -> None:
         for driver in self.drivers:

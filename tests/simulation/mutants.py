@@ -15,7 +15,6 @@ from dpool.cluster.driver import client as client_module
 from dpool.cluster.driver import remote as remote_module
 from dpool.cluster.driver.client import Client
 from dpool.cluster.driver.dispatch import Dispatch
-from dpool.cluster.driver.group import Group
 from dpool.cluster.driver.remote import ClusterPort
 from dpool.cluster.head.membership import Membership
 from dpool.cluster.node import agent as agent_module
@@ -41,10 +40,10 @@ class Mutant:
 def _around(owner: Any, name: str, change: Callable[..., Any]) -> Mutant:
     """The method calls `change(original, self, ...)` instead."""
     original = getattr(owner, name)
-    return Mutant(owner, name, lambda self, *args: change(original, self, *args))
+    return Mutant(owner, name, lambda self, *args, **more: change(original, self, *args, **more))
 
 
-def _nothing(*_: object) -> None:
+def _nothing(*_: object, **__: object) -> None:
     pass
 
 
@@ -62,8 +61,8 @@ def _resends_all_but_one(original: Callable[..., Any], self: Session, received: 
     return original(self, received)[1:]
 
 
-def _forgets_what_it_sends(original: Callable[..., Any], self: Session, *args: Any) -> Any:
-    frames = original(self, *args)
+def _forgets_what_it_sends(original: Callable[..., Any], self: Session, *args: Any, **more: Any) -> Any:
+    frames = original(self, *args, **more)
     self.unacknowledged.pop()
     return frames
 
@@ -111,11 +110,6 @@ def _listens_to_the_lost(original: Callable[..., Any], self: ClusterPort, node: 
     """What a node that was given up still sends is listened to."""
     with mock.patch.object(ClusterPort, "_undial", _nothing):
         original(self, node, why, events)
-
-
-def _tells_all_again(original: Callable[..., Any], self: Group, message: Any, descriptors: Any) -> None:
-    original(self, message, list(descriptors))
-    original(self, message, [])
 
 
 # -- the node
@@ -199,13 +193,12 @@ MUTANTS: dict[str, Mutant] = {
     "driver: silence is never noticed": Mutant(client_module, "SILENT_AFTER_S", 1e9),
     "driver: a lost node is avoided for ever": Mutant(remote_module, "AVOID_S", 1e9),
     "driver: placements are not followed": Mutant(ClusterPort, "_on_placed", _nothing),
-    "driver: results are told twice": _around(Group, "_on_results", _tells_all_again),
     "dispatch: reported tasks of a lost node run again": Mutant(Dispatch, "node_lost", _requeues_reported),
     "dispatch: a lost node's tasks are not queued": Mutant(
         Dispatch, "node_lost", lambda self, number: self.inflight.pop(number, None) and []),
     "dispatch: what a worker did not run is forgotten": _around(Dispatch, "done", _forgets_the_rest),
     "dispatch: lost batches are not queued": Mutant(Dispatch, "lost", _nothing),
-    "dispatch: one loss too many is allowed": Mutant(
+    "dispatch: a task may be lost for ever": Mutant(
         Dispatch, "node_lost", lambda self, number: self.lost(number) or []),
     "dispatch: deaths are not reported": _around(
         Dispatch, "died", lambda original, self, *args: original(self, *args) and None),
