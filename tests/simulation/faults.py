@@ -36,13 +36,14 @@ def plan(history: History) -> float:
         return until
     if history.kind == BRIEF:
         when = random.choice([0.0, 0.3, 1.0]) + random.random()
-        for _ in range(random.randint(1, 3)):
-            history.world.at(when, random.choice([faults.short_cut, faults.reset, faults.short_stop,
-                                                  faults.stop_driver, faults.restart_head]))
-            when += BRIEF_EVERY_S + BRIEF_STOP_S
+        for _ in range(random.randint(1, 5)):
+            fault = random.choice([faults.short_cut, faults.reset, faults.reset, faults.short_stop, faults.stop_driver,
+                                   faults.restart_head])
+            history.world.at(when, fault)
+            when += BRIEF_EVERY_S + (BRIEF_STOP_S if fault == faults.stop_driver else 0.0)
         return when
     until = random.uniform(3.0, FAULTS_UNTIL_S)
-    for _ in range(random.randint(1, random.choice([3, 12]))):
+    for _ in range(random.randint(1, random.choice([4, 12, 25]))):
         history.world.at(random.uniform(0.0, until), random.choice([
             faults.cut, faults.cut, faults.short_cut, faults.reset, faults.reset, faults.kill_node, faults.kill_node,
             faults.stop, faults.stop_driver, faults.restart_head, faults.kill_worker, faults.leave, faults.join,
@@ -83,6 +84,11 @@ class Faults:
 
         self.world.after(seconds, once)
 
+    def _while(self) -> float:
+        """Some seconds: few, about as many as make a node lost, or any number."""
+        least, most = self.random.choice([(0.0, 2.0), (8.0, 14.0), (0.0, 20.0)])
+        return self.random.uniform(least, most)
+
     def _living(self) -> list[NodeMachine]:
         return [node for node in self.history.nodes if node.process.alive]
 
@@ -112,7 +118,7 @@ class Faults:
         self._for_a_while(seconds, heal)
 
     def cut(self) -> None:
-        self._cut(self.random.choice([2.0, 10.0, 20.0]) * self.random.random())
+        self._cut(self._while())
 
     def short_cut(self) -> None:
         self._cut(BRIEF_S * self.random.random())
@@ -153,7 +159,7 @@ class Faults:
 
     def stop(self) -> None:
         processes = [node.process for node in self._living()] + [self.history.head.process]
-        self._stop(self.random.choice(processes), self.random.choice([1.0, 8.0, 20.0]) * self.random.random())
+        self._stop(self.random.choice(processes), self._while())
 
     def short_stop(self) -> None:
         processes = [node.process for node in self._living()] + [self.history.head.process]

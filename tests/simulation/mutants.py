@@ -24,23 +24,26 @@ from dpool.cluster.wire import messages
 from dpool.cluster.wire.events import NODE_LOST
 from dpool.cluster.wire.sessions import Session
 
+from .history import BRIEF, DEATHS
+
 
 class Mutant:
-    """A method or constant that is replaced while a history runs."""
+    """A method or constant that is replaced while a history runs; `kind` is that of the histories that show it best."""
 
-    def __init__(self, owner: Any, name: str, value: Any) -> None:
+    def __init__(self, owner: Any, name: str, value: Any, kind: str = "wild") -> None:
         self.owner = owner
         self.name = name
         self.value = value
+        self.kind = kind
 
     def apply(self) -> AbstractContextManager[Any]:
         return mock.patch.object(self.owner, self.name, self.value)
 
 
-def _around(owner: Any, name: str, change: Callable[..., Any]) -> Mutant:
+def _around(owner: Any, name: str, change: Callable[..., Any], kind: str = "wild") -> Mutant:
     """The method calls `change(original, self, ...)` instead."""
     original = getattr(owner, name)
-    return Mutant(owner, name, lambda self, *args, **more: change(original, self, *args, **more))
+    return Mutant(owner, name, lambda self, *args, **more: change(original, self, *args, **more), kind)
 
 
 def _nothing(*_: object, **__: object) -> None:
@@ -81,6 +84,11 @@ def _forgets_to_stir(self: ClusterPort, node: Any, message: Any) -> None:
         node.dialer.send(message)
 
 
+def _turns_without_pause(self: ClusterPort, timeout: float | None) -> float | None:
+    waiting = [node.retry_at for node in self._nodes.values() if node.broken_at is not None]
+    return max(min(waiting) - self._now(), 0.0) if waiting else timeout
+
+
 def _requeues_reported(self: Dispatch, number: int) -> Any:
     batch = self.inflight.pop(number, None)
     if batch is not None:
@@ -106,11 +114,6 @@ def _loses_without_telling(original: Callable[..., Any], self: ClusterPort, node
     events.extend(event for event in told if event[0] != NODE_LOST)
 
 
-def _listens_to_the_lost(original: Callable[..., Any], self: ClusterPort, node: Any, why: str, events: Any) -> None:
-    """What a node that was given up still sends is listened to."""
-    with mock.patch.object(ClusterPort, "_undial", _nothing):
-        original(self, node, why, events)
-
 
 # -- the node
 
@@ -125,16 +128,13 @@ def _loses_what_waits(self: Ledger[Any], claimed: dict[int, int], unread: bool, 
     return lost
 
 
+def _looks_once(original: Callable[..., Any], self: Ledger[Any], *args: Any) -> Any:
+    self._out |= set(self._suspects)
+    return original(self, *args)
+
+
 def _keeps_parts(self: Agent, now: float) -> None:
     pass
-
-
-def _knows_every_session(original: Callable[..., Any], self: Agent, peer: bytes, message: Any) -> None:
-    """Opens whatever is resumed, also what it has ended or never had."""
-    if isinstance(message, messages.Resume):
-        message = messages.Resume(message.session, message.received, True)
-        self._ended.pop(message.session, None)
-    original(self, peer, message)
 
 
 def _does_not_resend(original: Callable[..., Any], self: Agent, peer: bytes, message: Any) -> None:
@@ -184,14 +184,16 @@ MUTANTS: dict[str, Mutant] = {
     "session: the first missing message is not sent again": _around(Session, "resume", _resends_all_but_one),
     "session: what is sent is not kept": _around(Session, "wrap", _forgets_what_it_sends),
     "session: nothing is acknowledged by count": Mutant(Session, "acknowledged", _nothing),
-    "driver: sends before the session is resumed": Mutant(ClusterPort, "_send", _sends_before_resumed),
-    "driver: does not look again after sending": Mutant(ClusterPort, "_send", _forgets_to_stir),
+    "driver: sends before the session is resumed": Mutant(ClusterPort, "_send", _sends_before_resumed, BRIEF),
+    "driver: does not look again after sending": Mutant(ClusterPort, "_send", _forgets_to_stir, BRIEF),
     "driver: a lost node's tasks are forgotten": _around(ClusterPort, "_lose", _loses_without_telling),
-    "driver: a lost node is listened to": _around(ClusterPort, "_lose", _listens_to_the_lost),
-    "driver: a broken connection is a lost node": _around(ClusterPort, "_on_broken", _gives_up_at_once),
+    "driver: a broken connection is a lost node": _around(ClusterPort, "_on_broken", _gives_up_at_once, BRIEF),
     "driver: a lost node is not dismissed": Mutant(Client, "dismiss", _nothing),
     "driver: silence is never noticed": Mutant(client_module, "SILENT_AFTER_S", 1e9),
     "driver: a lost node is avoided for ever": Mutant(remote_module, "AVOID_S", 1e9),
+    "driver: a connection that only the node has seen end is kept": Mutant(ClusterPort, "_on_linked", _nothing, BRIEF),
+    "driver: waiting for a connection is no waiting": Mutant(ClusterPort, "_until_due", _turns_without_pause),
+    "driver: its own stop is the silence of others": Mutant(client_module, "STOPPED_AFTER_S", 1e9, BRIEF),
     "driver: placements are not followed": Mutant(ClusterPort, "_on_placed", _nothing),
     "dispatch: reported tasks of a lost node run again": Mutant(Dispatch, "node_lost", _requeues_reported),
     "dispatch: a lost node's tasks are not queued": Mutant(
@@ -204,14 +206,14 @@ MUTANTS: dict[str, Mutant] = {
         Dispatch, "died", lambda original, self, *args: original(self, *args) and None),
     "node: nothing is ever lost": Mutant(Ledger, "lost", lambda self, claimed, unread, now: self._suspects.clear()
                                          or []),
+    "node: one look is enough to take a batch for lost": _around(Ledger, "lost", _looks_once, DEATHS),
     "node: what is in the socket is lost": Mutant(Ledger, "lost", _loses_what_waits),
     "node: deaths are not told": _around(Agent, "_post", _does_not_say_died),
     "node: does not send again": _around(Agent, "_on_connection", _does_not_resend),
-    "node: every session is welcome": _around(Agent, "_on_connection", _knows_every_session),
     "node: parts of the gone are kept": Mutant(Agent, "_look_around", _keeps_parts),
-    "node: the driver's lease is too short": Mutant(agent_module, "DRIVER_LEASE_S", 3.0),
+    "node: the driver's lease is too short": Mutant(agent_module, "DRIVER_LEASE_S", 3.0, BRIEF),
     "node: what is taken back runs as well": _around(Agent, "_steal", _steals_twice),
     "node: what waits is not handed over": _around(Agent, "_on_part", _hands_over_once),
     "head: nobody is ever gone": Mutant(Membership, "tick", _places_on_the_gone),
-    "head: placements are said once": _around(Membership, "_place", _says_placements_once),
+    "head: placements are said once": _around(Membership, "_place", _says_placements_once, BRIEF),
 }

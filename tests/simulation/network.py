@@ -220,11 +220,12 @@ class Connection:
             client.on_event(self, "closed", why)
 
     def _give_up(self) -> None:
-        if not self.answered:
-            if self.server is not None and self in self.server.pending:
-                self.server.pending.remove(self)
-            self.server = None
-            self._fail("the connection ended")
+        """The dialer has waited long enough for the end of the handshake."""
+        client = self.client
+        if not self.established and client is not None:
+            self.abort(client)
+            self.network.forget(self)
+            client.on_event(self, "closed", "the connection ended")
 
     def let_in(self) -> None:
         """The listener's owner has authenticated it."""
