@@ -491,9 +491,11 @@ class Agent:
             events = workers.poll(0)
             if not events:
                 break
+            deaths = False
             for kind, what, descriptors in events:
                 if kind != MESSAGE:
                     self._on_death(part, workers, what)
+                    deaths = True
                     continue
                 try:
                     self._on_results(part, what, descriptors)
@@ -501,6 +503,9 @@ class Agent:
                     # A worker writes nonsense, or there is no memory to send what it has written.
                     self._fail(part, error)
                     return
+            if deaths and not part.ending and not workers.supervisor.hopeless:
+                # Not earlier: the driver hears of every death before it hears of whoever has the slot next.
+                self._start(part, workers, {process.pid for process in workers.processes})
         if part.ledger.waiting:
             self._hand_over(part)
 
@@ -523,13 +528,10 @@ class Agent:
 
     def _on_death(self, part: Part, workers: Workers, death: Death) -> None:
         part.ledger.died(death.batch, workers.claimed(), self._around.now())
-        before = {process.pid for process in workers.processes}
         self._post(part, messages.Died(death.slot, death.pid, death.exitcode, death.batch, death.task, death.ready,
                                        death.trace, death.expected, workers.supervisor.failed_starts,
                                        death.slot in part.stopped))
         part.stopped.discard(death.slot)
-        if not part.ending and not workers.supervisor.hopeless:
-            self._start(part, workers, before)
 
     def _on_time(self, part: Part, now: float) -> None:
         workers = part.workers
