@@ -19,8 +19,8 @@ from typing import Any
 
 import msgspec
 
-from dpool.batching import CREDITS_PER_WORKER
 from dpool.cluster.driver.client import Client, Pulse, Standing
+from dpool.cluster.driver.dealing import Dealing
 from dpool.cluster.driver.modules import source_of
 from dpool.cluster.store import segments, store
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
@@ -155,8 +155,12 @@ class ClusterPort:
         self._nodes: dict[bytes, Node] = {}  # by session
         self._by_descriptor: dict[int, Node] = {}
         self._of_batch: dict[int, Node] = {}
-        # Guards the dealing of batches: _of_batch, the nodes' inflight and outboxes.
+        # Guards the dealing of batches: _of_batch, _dealing, the nodes' inflight and outboxes, and which outboxes hold
+        # something.
         self._lock = threading.Lock()
+        self._dealing: Dealing[Node] = Dealing()
+        self._unsent: dict[Node, None] = {}
+        self._ailing: dict[Node, None] = {}  # nodes that are not open yet, or without a connection
         self._inbox: deque[tuple[str, Any]] = deque()  # from the client's thread
         self._waker = client.around.waker()
         self._stirred: dict[Node, None] = {}
@@ -250,6 +254,7 @@ class ClusterPort:
 
     def _connect(self, node: Node) -> None:
         self._nodes[node.key] = node
+        self._ailing[node] = None
         self._dial(node)
         if self._initializer >= 0:
             self._post_segment(node, self._initializer)
@@ -301,7 +306,7 @@ class ClusterPort:
     @property
     def count(self) -> int:
         """Living workers, on all nodes."""
-        return sum(len(node.living) for node in self._nodes.values())
+        return len(self.processes)
 
     def start(self) -> None:
         """Nothing: nodes replace their own workers."""
@@ -322,7 +327,7 @@ class ClusterPort:
             for node, share in shares.items():
                 if share > node.demanded:
                     node.demanded = share
-                    node.outbox.append((messages.Demand(share),))
+                    self._put(node, (messages.Demand(share),))
         self._flush_or_wake()
         if not self._any.is_set() and threading.get_ident() != self._owner:
             # As where a submit() starts the first worker itself: when it returns, there is one.
@@ -333,7 +338,7 @@ class ClusterPort:
         flags, _, _, function, batch = frames.TASKS.unpack_from(parts[0])[:5]
         objects = frames.unpack_refs(parts[2])[0] if parts[2] else []
         with self._lock:
-            node = self._roomiest()
+            node = self._dealing.next()
             if node is None:
                 return False
             before: list[messages.Message] = []
@@ -363,10 +368,11 @@ class ClusterPort:
                     carried.append(pieces(descriptor, segments.places(table)))
                     node.objects[key] = None
             for message in before:
-                node.outbox.append((message,))
-            node.outbox.append((carried, b"".join(parts), link_flags))
+                self._put(node, (message,))
+            self._put(node, (carried, b"".join(parts), link_flags))
             self._of_batch[batch] = node
             node.inflight[batch] = None
+            self._dealing.set(node, len(node.inflight), len(node.living))
         self._flush_or_wake()
         return True
 
@@ -389,16 +395,6 @@ class ClusterPort:
         for key in gone:
             del node.objects[key]
         return gone
-
-    def _roomiest(self) -> Node | None:
-        best, most = None, 0.0
-        for node in self._nodes.values():
-            workers = len(node.living)
-            if workers and not node.lost:
-                room = CREDITS_PER_WORKER - len(node.inflight) / workers
-                if best is None or room > most:
-                    best, most = node, room
-        return best
 
     def wake(self) -> None:
         self._waker.wake()
@@ -447,8 +443,13 @@ class ClusterPort:
 
     def _leave(self, node: Node, message: messages.Message) -> None:
         with self._lock:
-            node.outbox.append((message,))
+            self._put(node, (message,))
         self._flush_or_wake()
+
+    def _put(self, node: Node, entry: tuple[Any, ...]) -> None:
+        """Leave something for a node; with the lock held."""
+        node.outbox.append(entry)
+        self._unsent[node] = None
 
     def _flush_or_wake(self) -> None:
         if threading.get_ident() == self._owner:
@@ -477,8 +478,8 @@ class ClusterPort:
 
     def _until_due(self, timeout: float | None) -> float | None:
         waiting = [node.retry_at if node.dialer is None else node.broken_at + RESUME_WITHIN_S
-                   for node in self._nodes.values() if node.broken_at is not None]
-        waiting += [node.open_until for node in self._nodes.values() if not node.opened]
+                   for node in self._ailing if node.broken_at is not None]
+        waiting += [node.open_until for node in self._ailing if not node.opened]
         if self._empty_since is not None:
             waiting.append(self._empty_since + REPLACE_WITHIN_S)
         if self._avoid:
@@ -490,19 +491,23 @@ class ClusterPort:
 
     def _flush(self) -> None:
         """Send what was left in the outboxes."""
-        for node in list(self._nodes.values()):
-            while node.outbox:
-                with self._lock:
-                    if not node.outbox:
-                        break
-                    entry = node.outbox.popleft()
-                if len(entry) == 1:
-                    self._post(node, entry[0])
-                    continue
-                carried, message, flags = entry
-                for segment in carried:
-                    self._post_pieces(node, segment)
-                self._send(node, node.session.wrap(sessions.TASKS, (message,), flags, len(carried)))
+        while self._unsent:
+            with self._lock:
+                if not self._unsent:
+                    break
+                node = next(iter(self._unsent))
+                entry = node.outbox.popleft()
+                if not node.outbox:
+                    del self._unsent[node]
+            if node.lost:
+                continue
+            if len(entry) == 1:
+                self._post(node, entry[0])
+                continue
+            carried, message, flags = entry
+            for segment in carried:
+                self._post_pieces(node, segment)
+            self._send(node, node.session.wrap(sessions.TASKS, (message,), flags, len(carried)))
 
     def _drain(self, nodes: list[Node], events: list[tuple[int, Any, list[int]]]) -> None:
         """Receive, until there is nothing more, from nodes that may have sent something."""
@@ -551,6 +556,7 @@ class ClusterPort:
             node = self._of_batch.pop(batch, None)
             if node is not None:
                 node.inflight.pop(batch, None)
+                self._dealing.set(node, len(node.inflight), len(node.living))
                 node.stealing.discard(batch)
                 if node.stopping:
                     node.stopping = {task for task in node.stopping if task[0] != batch}
@@ -612,6 +618,8 @@ class ClusterPort:
             process = RemoteProcess(self, node, slot)
             node.living[slot.slot] = process
             self.processes.append(process)
+        with self._lock:
+            self._dealing.set(node, len(node.inflight), len(node.living))
         self._empty_since = None
         if slots:
             self._any.set()
@@ -621,6 +629,8 @@ class ClusterPort:
         if process is not None:
             process.ended(message.exitcode)
             self.processes.remove(process)
+            with self._lock:
+                self._dealing.set(node, len(node.inflight), len(node.living))
         self.supervisor.failed_starts = message.failed_starts
         if message.batch:
             self._settle(message.batch)
@@ -637,6 +647,7 @@ class ClusterPort:
         self._undial(node)
         if node.broken_at is None:
             node.broken_at = now
+            self._ailing[node] = None
         node.retry_at = now + RETRY_S
         if node.refusals >= 2 or "key" in dialer.failure:
             self._lose(node, f"{node.addresses[0]}: {dialer.failure}", events)
@@ -645,18 +656,21 @@ class ClusterPort:
         """Whether a node has a connection for the session. One that has none has seen an end that is not seen here; but
         what it says once may be older than the connection."""
         node.unlinked = 0 if linked or not node.resumed else node.unlinked + 1
-        if node.unlinked >= 2:
+        if node.unlinked >= 2 and not node.lost:
             self._undial(node)
             node.broken_at = node.retry_at = self._now()
+            self._ailing[node] = None
 
     def _look_after(self, events: list[tuple[int, Any, list[int]]]) -> None:
         """What falls due with time."""
         now = self._now()
-        for node in list(self._nodes.values()):
+        for node in list(self._ailing):
             if not node.opened and now >= node.open_until:
                 self._lose(node, f"it has not answered within {OPEN_TIMEOUT_S:.0f} s", events)
                 continue
             if node.broken_at is None:
+                if node.opened:
+                    del self._ailing[node]
                 continue
             if now >= node.broken_at + RESUME_WITHIN_S:
                 self._lose(node, "its connection is broken and cannot be made again", events)
@@ -694,9 +708,11 @@ class ClusterPort:
         if node.lost or node.key not in self._nodes:
             return
         node.lost = why
+        self._ailing.pop(node, None)
         self._any.set()
         with self._lock:
             del self._nodes[node.key]
+            self._dealing.set(node, 0, 0)
             batches = list(node.inflight)
             for batch in batches:
                 self._of_batch.pop(batch, None)
