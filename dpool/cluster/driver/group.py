@@ -508,6 +508,9 @@ class Group:
                 self._dispatch.stolen(what[0], what[1], self._now())
         if kind in (events.LOST, events.NODE_LOST):
             self._store.lost((self, what if kind == events.LOST else what[0]))
+        elif kind == events.CHANGED:
+            for slot in what:
+                self._store.lost((self, "slot", slot))
         if kind == events.HOPELESS:
             self._end(GroupBroken(str(what)))
         for job, task in doomed:

@@ -578,10 +578,10 @@ class ClusterPort:
         if isinstance(message, messages.Opened):
             node.opened = True
             self._add_workers(node, message.workers)
-            events.append((CHANGED, None, []))
+            events.append((CHANGED, [], []))
         elif isinstance(message, messages.Started):
             self._add_workers(node, message.workers)
-            events.append((CHANGED, None, []))
+            events.append((CHANGED, [], []))
         elif isinstance(message, messages.Died):
             self._on_died(node, message, events)
         elif isinstance(message, messages.Lost):
@@ -724,11 +724,12 @@ class ClusterPort:
         for process in node.living.values():
             process.ended(None)
             self.processes.remove(process)
+        slots = [(slot + node.first_slot) % (1 << 16) for slot in node.living]
         node.living.clear()
         self._avoid[node.id] = self._now() + AVOID_S
         self._tell_head()
         events.extend((NODE_LOST, (batch, node.host, why), []) for batch in batches)
-        events.append((CHANGED, None, []))
+        events.append((CHANGED, slots, []))
         if not self._nodes and not self._closing and not self._killed:
             self._empty_since = self._now()
 
