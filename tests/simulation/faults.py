@@ -42,11 +42,11 @@ def plan(history: History) -> float:
             history.world.at(when, fault)
             when += BRIEF_EVERY_S + (BRIEF_STOP_S if fault == faults.stop_driver else 0.0)
         return when
-    until = random.uniform(3.0, FAULTS_UNTIL_S)
-    for _ in range(random.randint(1, random.choice([4, 12, 25]))):
+    until = random.uniform(5.0, FAULTS_UNTIL_S)
+    for _ in range(random.randint(1, random.choice([8, 25]))):
         history.world.at(random.uniform(0.0, until), random.choice([
             faults.cut, faults.cut, faults.short_cut, faults.reset, faults.reset, faults.kill_node, faults.kill_node,
-            faults.stop, faults.stop_driver, faults.restart_head, faults.kill_worker, faults.leave, faults.join,
+            faults.kill_node, faults.stop, faults.stop, faults.stop_driver, faults.restart_head, faults.kill_worker, faults.leave, faults.join,
             faults.kill_driver, faults.slow]))
     history.world.at(until, faults.end)
     return until

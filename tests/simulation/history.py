@@ -347,8 +347,8 @@ class History:
         self.habits = self._habits()
         self.network.latency, self.network.jitter = random.choice([(0.0002, 0.0002), (0.002, 0.01), (0.08, 0.05)])
         self.poison = random.choice([0.0, 0.0, 0.02]) if self.kind in (DEATHS, WILD) else 0.0
-        self.spread = random.choice([1.0, 20.0, 60.0] if self.kind == BRIEF else [0.01, 5.0, 20.0])
-        self.tempo = random.choice([0.0005, 0.005, 0.1, 0.4] if self.kind in (BRIEF, WILD) else [0.0002, 0.005, 0.1])
+        self.spread = random.choice([1.0, 20.0, 60.0] if self.kind == BRIEF else [0.01, 10.0, 20.0])
+        self.tempo = random.choice([0.0005, 0.005, 0.1, 0.4, 0.4] if self.kind in (BRIEF, WILD) else [0.0002, 0.005, 0.1])
         self.tail = random.choice([10.0, 10.0, 1000.0]) if self.tempo < 0.01 else 5.0  # what a few take longer
         self.segments = random.random() < 0.3
         self.by_name = random.random() < 0.2
@@ -445,7 +445,7 @@ class History:
                              max_tasks=random.choice([None, None, 5]), on_demand=random.random() < 0.2,
                              all_cpus=random.random() < 0.3)
             driver = Driver(self, number, spec)
-            driver.to_submit = random.randint(1, 4)
+            driver.to_submit = random.randint(1, 4) if self.kind != WILD else random.randint(2, 8)
             self.drivers.append(driver)
 
     def _live(self) -> None:

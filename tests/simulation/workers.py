@@ -55,7 +55,8 @@ class SimWorker:
         self.batch = self.task = self.claims = 0
         self.busy = False
         self.left = 1 << 62
-        self.released: list[int] = []  # segments of the driver's that it looks at no more
+        self.looked_at: list[int] = []  # segments of the driver's, until it is in another batch
+        self.released: list[int] = []  # those that it looks at no more
 
     def let_go(self) -> None:
         pass
@@ -269,6 +270,8 @@ class SimWorkers:
 
     def _claim(self, worker: SimWorker, data: bytes, descriptors: list[int]) -> None:
         message = memoryview(data)
+        worker.released += worker.looked_at
+        worker.looked_at = []
         (flags, mode, _, _, number, count, function_bytes, ref_bytes, _) = frames.TASKS.unpack_from(message)
         worker.task = 0
         worker.batch = number
@@ -288,7 +291,7 @@ class SimWorkers:
             call = pickle.loads(function)
         buffers: Sequence[memoryview] = ()
         if flags & frames.BODY_IN_SEGMENT:
-            body, *buffers = segments.read(descriptors[-1], body, worker.released.append)
+            body, *buffers = segments.read(descriptors[-1], body, worker.looked_at.append)
         tasks = pickling.unpack(body, buffers, bool(flags & frames.ONE_PICKLE))
         items = tasks if isinstance(tasks, list) else [tasks.load(index) for index in range(count)]
         if len(items) != count:
