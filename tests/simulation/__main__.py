@@ -19,14 +19,14 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--trace", action="store_true", help="print what happened in each")
     parser.add_argument("--mutant", help="with this bug")
-    parser.add_argument("--scale", action="store_true", help="print how costs grow with tasks and nodes, instead")
+    parser.add_argument("--scale", choices=("tasks", "nodes", "both", "head"), help="print how costs grow, instead")
     parser.add_argument("--nodes", type=int, default=2000)
     parser.add_argument("--tasks", type=int, default=1_000_000)
     options = parser.parse_args()
     if options.scale:
         from . import scale
 
-        scale.curves(options.nodes, options.tasks)
+        scale.curves(options.nodes, options.tasks, options.scale)
         return 0
     started = time.perf_counter()
     failed = 0

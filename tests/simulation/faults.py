@@ -46,8 +46,8 @@ def plan(history: History) -> float:
     for _ in range(random.randint(1, random.choice([8, 25]))):
         history.world.at(random.uniform(0.0, until), random.choice([
             faults.cut, faults.cut, faults.short_cut, faults.reset, faults.reset, faults.kill_node, faults.kill_node,
-            faults.kill_node, faults.stop, faults.stop, faults.stop_driver, faults.restart_head, faults.kill_worker, faults.leave, faults.join,
-            faults.kill_driver, faults.slow]))
+            faults.kill_node, faults.stop, faults.stop, faults.stop_driver, faults.restart_head, faults.kill_worker,
+            faults.leave, faults.join, faults.kill_driver, faults.slow]))
     history.world.at(until, faults.end)
     return until
 

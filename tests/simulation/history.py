@@ -348,7 +348,8 @@ class History:
         self.network.latency, self.network.jitter = random.choice([(0.0002, 0.0002), (0.002, 0.01), (0.08, 0.05)])
         self.poison = random.choice([0.0, 0.0, 0.02]) if self.kind in (DEATHS, WILD) else 0.0
         self.spread = random.choice([1.0, 20.0, 60.0] if self.kind == BRIEF else [0.01, 10.0, 20.0])
-        self.tempo = random.choice([0.0005, 0.005, 0.1, 0.4, 0.4] if self.kind in (BRIEF, WILD) else [0.0002, 0.005, 0.1])
+        slow = [0.0005, 0.005, 0.1, 0.4, 0.4]
+        self.tempo = random.choice(slow if self.kind in (BRIEF, WILD) else [0.0002, 0.005, 0.1])
         self.tail = random.choice([10.0, 10.0, 1000.0]) if self.tempo < 0.01 else 5.0  # what a few take longer
         self.segments = random.random() < 0.3
         self.by_name = random.random() < 0.2

@@ -271,8 +271,15 @@ def measure_work(nodes: int, tasks: int, run_s: float = 1.0) -> tuple[int, float
     return work.batches, seconds / tasks * 1e6, seconds / work.batches * 1e6
 
 
-def curves(nodes: int, tasks: int) -> None:
-    """Print how everything grows, up to so many nodes and tasks."""
+def curves(nodes: int, tasks: int, which: str) -> None:
+    """Print how costs grow, up to so many nodes and tasks: with the `tasks`, the `nodes`, `both`, or those of the `head`."""
+    if which != "head":
+        _driver_curve(nodes, tasks, which)
+    else:
+        _head_curve(nodes, tasks)
+
+
+def _driver_curve(nodes: int, tasks: int, which: str) -> None:
     print(f"driver: cost of a task's decisions and dealing, {WORKERS_A_NODE} workers a node")
     print(f"{'nodes':>8} {'tasks':>10} {'a task takes':>12} {'batches':>10} {'us/task':>9} {'us/batch':>9}")
 
@@ -281,15 +288,21 @@ def curves(nodes: int, tasks: int) -> None:
         print(f"{some:>8,} {many:>10,} {run_s * 1000:>9.1f} ms {batches:>10,} {of_task:>9.2f} {of_batch:>9.2f}",
               flush=True)
 
-    for many in (1_000, 10_000, 100_000, 1_000_000):
-        if many <= tasks:
-            row(100, many, 1.0)
-    for some in (10, 30, 100, 300, 1000, 2000):
-        if some <= nodes:
-            row(some, min(100_000, tasks), 1.0)
-    for run_s in (1.0, 0.0001):
-        row(nodes, tasks, run_s)
-    print("\nhead: one second, with groups of 8 workers")
+    if which == "tasks":
+        for many in (1_000, 10_000, 100_000, 1_000_000):
+            if many <= tasks:
+                row(100, many, 1.0)
+    elif which == "nodes":
+        for some in (10, 30, 100, 300, 1000, 2000):
+            if some <= nodes:
+                row(some, min(100_000, tasks), 1.0)
+    else:
+        for run_s in (1.0, 0.0001):
+            row(nodes, tasks, run_s)
+
+
+def _head_curve(nodes: int, tasks: int) -> None:
+    print("head: one second, with groups of 8 workers")
     print(f"{'nodes':>8} {'groups':>8} {'tasks':>12} {'messages':>9} {'bytes':>10} {'memory':>10} {'ms':>8}")
     for some, groups, many in ((10, 1, 0), (100, 1, 0), (1000, 1, 0), (nodes, 1, 0), (nodes, 10, 0), (nodes, 100, 0),
                                (nodes, 10, tasks), (nodes, 10, 1000 * tasks)):
