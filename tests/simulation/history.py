@@ -273,6 +273,7 @@ class Driver:
             raise Violation(f"the group has ended: {self.group.ended!r}")
         if self.port._avoid and self.history.kind != WILD:
             raise Violation(f"a node was given up without cause, in a {self.history.kind} history")
+        self.history.gave_up |= bool(self.port._avoid)
         self._turns += 1
         if self._turns % 4 == 0:
             self.group._dispatch.validate()
@@ -355,6 +356,7 @@ class History:
         self.by_name = random.random() < 0.2
         self.losses = random.choice([0, 1, 3])  # how often a task may be run again whose node is lost
         self.jobs = 0
+        self.gave_up = False  # a driver has given up a node
         self.begun: Counter[Key] = Counter()
         self.given_back: Counter[Key] = Counter()
         self.lost_with: Counter[Key] = Counter()
@@ -446,7 +448,7 @@ class History:
                              max_tasks=random.choice([None, None, 5]), on_demand=random.random() < 0.2,
                              all_cpus=random.random() < 0.3)
             driver = Driver(self, number, spec)
-            driver.to_submit = random.randint(1, 4) if self.kind != WILD else random.randint(2, 8)
+            driver.to_submit = random.randint(1, 4) if self.kind in (CALM, DEATHS) else random.randint(2, 8)
             self.drivers.append(driver)
 
     def _live(self) -> None:
@@ -457,7 +459,7 @@ class History:
         self.world.at(quiet + FENCED_WITHIN_S, self._check_fences)
 
         def finished() -> bool:
-            least = quiet + FENCED_WITHIN_S if self.lost_with else quiet
+            least = quiet + FENCED_WITHIN_S if self.gave_up else quiet
             return self.world.now >= least and all(driver.finished for driver in self.drivers)
 
         if not self.world.run(until, finished):

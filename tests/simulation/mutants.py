@@ -79,11 +79,6 @@ def _sends_before_resumed(self: ClusterPort, node: Any, message: Any) -> None:
         self._stirred[node] = None
 
 
-def _forgets_to_stir(self: ClusterPort, node: Any, message: Any) -> None:
-    if node.dialer is not None and (node.resumed or node.broken_at is None):
-        node.dialer.send(message)
-
-
 def _turns_without_pause(self: ClusterPort, timeout: float | None) -> float | None:
     waiting = [node.retry_at for node in self._nodes.values() if node.broken_at is not None]
     return max(min(waiting) - self._now(), 0.0) if waiting else timeout
@@ -185,7 +180,6 @@ MUTANTS: dict[str, Mutant] = {
     "session: what is sent is not kept": _around(Session, "wrap", _forgets_what_it_sends),
     "session: nothing is acknowledged by count": Mutant(Session, "acknowledged", _nothing),
     "driver: sends before the session is resumed": Mutant(ClusterPort, "_send", _sends_before_resumed, BRIEF),
-    "driver: does not look again after sending": Mutant(ClusterPort, "_send", _forgets_to_stir, BRIEF),
     "driver: a lost node's tasks are forgotten": _around(ClusterPort, "_lose", _loses_without_telling),
     "driver: a broken connection is a lost node": _around(ClusterPort, "_on_broken", _gives_up_at_once, BRIEF),
     "driver: a lost node is not dismissed": Mutant(Client, "dismiss", _nothing),

@@ -272,7 +272,7 @@ def measure_work(nodes: int, tasks: int, run_s: float = 1.0) -> tuple[int, float
 
 
 def curves(nodes: int, tasks: int, which: str) -> None:
-    """Print how costs grow, up to so many nodes and tasks: with the `tasks`, the `nodes`, `both`, or those of the `head`."""
+    """Print how costs grow, up to so many nodes and tasks: with `tasks`, `nodes` or `both`, or those of the `head`."""
     if which != "head":
         _driver_curve(nodes, tasks, which)
     else:
