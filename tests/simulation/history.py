@@ -369,6 +369,7 @@ class History:
         random = self.world.random
         habits = Habits(socket_bytes=random.choice([200, 2000, 1 << 20]), large_results=random.choice([0.0, 0.0, 0.3]))
         if self.kind in (DEATHS, WILD) and random.random() < (1.0 if self.kind == DEATHS else 0.4):
+            habits.claim_s = random.choice([0.001, 0.05])
             for name in ("dies_taking", "dies_in_task", "dies_leaving", "dies_starting", "dies_idle"):
                 setattr(habits, name, random.choice([0.0, 0.01, 0.05]))
         return habits

@@ -73,12 +73,6 @@ def _forgets_what_it_sends(original: Callable[..., Any], self: Session, *args: A
 # -- the driver
 
 
-def _sends_before_resumed(self: ClusterPort, node: Any, message: Any) -> None:
-    if node.dialer is not None:
-        node.dialer.send(message)
-        self._stirred[node] = None
-
-
 def _turns_without_pause(self: ClusterPort, timeout: float | None) -> float | None:
     waiting = [node.retry_at for node in self._nodes.values() if node.broken_at is not None]
     return max(min(waiting) - self._now(), 0.0) if waiting else timeout
@@ -179,7 +173,6 @@ MUTANTS: dict[str, Mutant] = {
     "session: the first missing message is not sent again": _around(Session, "resume", _resends_all_but_one),
     "session: what is sent is not kept": _around(Session, "wrap", _forgets_what_it_sends),
     "session: nothing is acknowledged by count": Mutant(Session, "acknowledged", _nothing),
-    "driver: sends before the session is resumed": Mutant(ClusterPort, "_send", _sends_before_resumed, BRIEF),
     "driver: a lost node's tasks are forgotten": _around(ClusterPort, "_lose", _loses_without_telling),
     "driver: a broken connection is a lost node": _around(ClusterPort, "_on_broken", _gives_up_at_once, BRIEF),
     "driver: a lost node is not dismissed": Mutant(Client, "dismiss", _nothing),

@@ -40,6 +40,7 @@ class Habits:
     dies_starting: float = 0.0
     dies_idle: float = 0.0
     large_results: float = 0.0
+    claim_s: float = 0.001  # how long a worker may take from taking a batch to saying so
 
 
 class SimWorker:
@@ -257,7 +258,7 @@ class SimWorkers:
             worker.busy = False
             self._later(worker, random.random() * 0.02, lambda one: self._die(one, -11))
             return
-        self._later_with(worker, random.random() * 0.001, data, descriptors)
+        self._later_with(worker, random.random() * habits.claim_s, data, descriptors)
 
     def _later_with(self, worker: SimWorker, delay: float, data: bytes, descriptors: list[int]) -> None:
         def claim() -> None:
