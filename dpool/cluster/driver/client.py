@@ -10,32 +10,31 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
 import msgspec
-import zmq
 
 from dpool.cluster.wire import messages, sessions
 from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, Keys
-from dpool.cluster.wire.links import Dialer, Waker
+from dpool.cluster.wire.links import Dialer
 from dpool.cluster.wire.messages import GroupState, Part, Placed
+from dpool.cluster.wire.surroundings import Surroundings
 from dpool.errors import ClusterError
 
 STATE_EVERY_S = 1.0
 # A node that answers no pulse for so long is lost. Longer: rides out longer cuts of the network. Shorter: its tasks are
 # run elsewhere sooner.
 SILENT_AFTER_S = 10.0
-
-
+# A turn takes a second at most. If one has taken so long, this process was stopped: that time is no silence of others.
+STOPPED_AFTER_S = 3.0
 # How long a node that was lost is told that its session is over; after that time it has ended it by itself.
 DISMISS_WITHIN_S = 70.0
 # How long leaving the cluster may take.
 CLOSE_TIMEOUT_S = 5.0
 
-# Contexts that may have open sockets of other threads: collecting one would wait for those to be closed.
-_unended: list[zmq.Context[zmq.Socket[bytes]]] = []
+# Those that may have open sockets of other threads: collecting one would wait for those to be closed.
+_unended: list[Surroundings] = []
 
 
 class Standing:
@@ -59,12 +58,12 @@ class Pulse:
 
     __slots__ = ("session", "address", "dialer", "echoed_at", "received", "on_echo", "on_lost", "dismissed_at")
 
-    def __init__(self, session: bytes, address: str, received: Callable[[], int], on_echo: Callable[[int], None],
-                 on_lost: Callable[[str], None]) -> None:
+    def __init__(self, session: bytes, address: str, received: Callable[[], int], on_echo: Callable[[int, bool], None],
+                 on_lost: Callable[[str], None], now: float) -> None:
         self.session = session
         self.address = address
         self.dialer: Dialer | None = None
-        self.echoed_at = time.monotonic()
+        self.echoed_at = now
         self.received = received
         self.on_echo = on_echo
         self.on_lost = on_lost
@@ -72,19 +71,22 @@ class Pulse:
 
 
 class Client:
-    """Connects at once, in the background; connect() says how that went. Raises ValueError for a bad address."""
+    """Connects at once, in the background; connect() says how that went. Raises ValueError for a bad address.
 
-    def __init__(self, keys: Keys, address: str) -> None:
+    With `around` it has no thread: whoever gives it that calls step().
+    """
+
+    def __init__(self, keys: Keys, address: str, around: Surroundings | None = None) -> None:
         self.keys = keys
         self.address = address
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.id = os.urandom(16)
-        self._head = Dialer(self.context, keys, DRIVER, HEAD, address, again=True)
+        self.around = around or Surroundings(keys)
+        self.id = self.around.new_id()
+        self._head = self.around.dialer(DRIVER, HEAD, address, again=True)
         self._versions = messages.Versions.here()
         self._host = socket.gethostname()
         self._pid = os.getpid()
         self._number = 0
-        self._waker = Waker()
+        self._waker = self.around.waker()
         self._waker.add(self._head.descriptors)
         self._todo: deque[Callable[[], None]] = deque()  # what other threads want this one to do
         self._standings: dict[bytes, Standing] = {}
@@ -93,11 +95,14 @@ class Client:
         self._refused = ""
         self.nodes = self.cpus = 0  # as the head said last
         self.told: set[tuple[bytes, bytes]] = set()  # nodes, and the digests of answers about modules that they have
-        self.heard_at = time.monotonic()
-        self._state_at = 0.0
+        self.heard_at = self.around.now()
+        self._state_at = self._pulse_at = 0.0
+        self._was_connected = False
+        self._turned_at = self.around.now()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="dpool-client", daemon=True)
-        self._thread.start()
+        if around is None:
+            self._thread.start()
 
     # -- any thread
 
@@ -164,12 +169,14 @@ class Client:
             self._stopping = True
 
         self._do(do)
+        if self._thread.ident is None:
+            return  # whoever calls step() sees to the rest
         if self._pid == os.getpid() and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_TIMEOUT_S)
             if ports_are_closed and not self._thread.is_alive():
-                self.context.term()
+                self.around.end()
                 return
-        _unended.append(self.context)
+        _unended.append(self.around)
 
     def _do(self, what: Callable[[], None]) -> None:
         if self._pid == os.getpid():
@@ -179,28 +186,40 @@ class Client:
     # -- the client's thread
 
     def _loop(self) -> None:
-        pulse_at = 0.0
-        was_connected = False
-        while not self._stopping:
-            now = time.monotonic()
-            if self._head.connected and not was_connected:
-                self._state_at = 0.0
-            was_connected = self._head.connected
-            if now >= self._state_at:
-                sent = self._say_state()
-                # Before the first welcome the connection may be a moment from being there.
-                self._state_at = now + (STATE_EVERY_S if sent or self._welcomed.is_set() else 0.02)
-            if now >= pulse_at:
-                self._beat(now)
-                pulse_at = now + (STATE_EVERY_S if self._pulses else 3600.0)
-            self._receive()
-            if not self._todo:
-                self._waker.wait(min(self._state_at, pulse_at) - time.monotonic())
-            while self._todo:
-                self._todo.popleft()()
-                if self._pulses:
-                    pulse_at = min(pulse_at, time.monotonic() + STATE_EVERY_S)
-            self._receive()
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """One turn of the thread: wait until something comes or falls due, and see to it. False after the last one."""
+        if self._stopping:
+            self._leave()
+            return False
+        now = self.around.now()
+        if now > self._turned_at + STOPPED_AFTER_S:
+            for pulse in self._pulses.values():
+                pulse.echoed_at += now - self._turned_at
+        self._turned_at = now
+        if self._head.connected and not self._was_connected:
+            self._state_at = 0.0
+        self._was_connected = self._head.connected
+        if now >= self._state_at:
+            sent = self._say_state()
+            # Before the first welcome the connection may be a moment from being there.
+            self._state_at = now + (STATE_EVERY_S if sent or self._welcomed.is_set() else 0.02)
+        if now >= self._pulse_at:
+            self._beat(now)
+            self._pulse_at = now + (STATE_EVERY_S if self._pulses else 3600.0)
+        self._receive()
+        if not self._todo:
+            self._waker.wait(min(self._state_at, self._pulse_at) - self.around.now())
+        while self._todo:
+            self._todo.popleft()()
+            if self._pulses:
+                self._pulse_at = min(self._pulse_at, self.around.now() + STATE_EVERY_S)
+        self._receive()
+        return True
+
+    def _leave(self) -> None:
         self._head.send((messages.encode(messages.Leaving(self.id)),))
         for session in list(self._pulses):
             self._drop_pulse(session)
@@ -221,7 +240,7 @@ class Client:
                 message = messages.from_head.decode(frames[0])
             except msgspec.DecodeError:
                 continue
-            self.heard_at = time.monotonic()
+            self.heard_at = self.around.now()
             if isinstance(message, messages.Welcome):
                 self.nodes, self.cpus = message.nodes, message.cpus
                 self._welcomed.set()
@@ -238,7 +257,7 @@ class Client:
     # -- pulses
 
     def _dial(self, pulse: Pulse) -> None:
-        dialer = pulse.dialer = Dialer(self.context, self.keys, DRIVER, AGENT, pulse.address)
+        dialer = pulse.dialer = self.around.dialer(DRIVER, AGENT, pulse.address)
         self._waker.add(dialer.descriptors)
         self._beat_one(pulse)
 
@@ -257,7 +276,7 @@ class Client:
 
     def _dismiss(self, pulse: Pulse) -> None:
         if pulse.dismissed_at is None:
-            pulse.dismissed_at = time.monotonic()
+            pulse.dismissed_at = self.around.now()
             # The connection may be one of which the node has seen the end, and this side never will.
             self._undial(pulse)
             self._dial(pulse)
@@ -280,8 +299,8 @@ class Client:
             except msgspec.DecodeError:
                 continue
             if isinstance(message, messages.Pulse) and message.session == pulse.session and pulse.dismissed_at is None:
-                pulse.echoed_at = time.monotonic()
-                pulse.on_echo(message.received)
+                pulse.echoed_at = self.around.now()
+                pulse.on_echo(message.received, message.linked)
             elif isinstance(message, messages.Gone) and message.session == pulse.session:
                 self._drop_pulse(pulse.session)
                 if pulse.dismissed_at is None:

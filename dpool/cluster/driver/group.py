@@ -58,7 +58,9 @@ class Group:
     Any thread of the process that made it may call its methods. Sinks are called by the I/O thread, holding no lock.
     """
 
-    def __init__(self, spec: GroupSpec, port: Port, supervisor: Any) -> None:
+    def __init__(self, spec: GroupSpec, port: Port, supervisor: Any, now: Callable[[], float] | None = None) -> None:
+        """With a clock of its own it has no thread: whoever gives it `now` calls step()."""
+        self._now = now or time.monotonic
         self.spec = spec
         self.port = port
         self._supervisor = supervisor
@@ -71,6 +73,7 @@ class Group:
         self._ended: DpoolError | None = None  # why nothing more can run: GroupBroken or GroupTerminated
         self._doom: GroupBroken | None = None  # why it will end as soon as a worker has: its initializer failed
         self._suspects: dict[int, float] = {}  # batches that may have been lost -> when to decide
+        self._out: set[int] = set()  # those that were in no worker and not in the socket when last looked at
         self._timer_armed = False
         self._stopped: set[int] = set()  # slots whose workers were ended to stop a task, until they are dead
         self._lent: set[int] = set()  # batches that were sent a segment of the store's
@@ -82,7 +85,8 @@ class Group:
         self._store = store.current()
         self._store.attach()
         self._thread = threading.Thread(target=self._loop, name=f"dpool-{next(_names)}", daemon=True)
-        self._thread.start()
+        if now is None:
+            self._thread.start()
 
     # -- what the doors call
 
@@ -231,7 +235,7 @@ class Group:
             dispatch = self._dispatch
             # The common case, in the same breath: a worker has room, and no more of them need be started.
             here = dispatch.has_credit and (not self.spec.on_demand or dispatch.workers >= self.spec.processes)
-            batch = dispatch.next_batch(time.monotonic()) if here else None
+            batch = dispatch.next_batch(self._now()) if here else None
         if self._attended and not attended:
             self._unattend()
         if batch is None or self._send(batch):
@@ -253,7 +257,7 @@ class Group:
         # Read without the lock: a result that frees a credit is followed by a pump of the I/O thread's own.
         while dispatch.queue and dispatch.has_credit:
             with self._lock:
-                batch = dispatch.next_batch(time.monotonic())
+                batch = dispatch.next_batch(self._now())
             if batch is None or not self._send(batch):
                 break
 
@@ -337,7 +341,8 @@ class Group:
     def _loop(self) -> None:
         """The I/O thread."""
         try:
-            self._serve()
+            while self.step():  # until every worker has ended and nothing is left to report
+                pass
         except Exception as error:
             # A bug of dpool's, or a sink that raised: whoever waits must learn of it.
             self._end(GroupBroken(f"the pool's I/O thread has failed: {type(error).__name__}: {error}"))
@@ -345,47 +350,47 @@ class Group:
             self.port.close()
             raise  # to threading.excepthook, which prints it
 
-    def _serve(self) -> None:
-        """Until every worker has ended and nothing is left to report."""
+    def step(self) -> bool:
+        """One turn of the I/O thread: wait for news, and see to it. False after the last one."""
         port, dispatch = self.port, self._dispatch
-        while True:
-            with self._lock:
-                deadline = dispatch.steal_at()
-                if self._suspects:
-                    first = min(self._suspects.values())
-                    deadline = first if deadline is None else min(deadline, first)
-                if dispatch.stopping:
-                    recheck = time.monotonic() + STOP_RECHECK_S
-                    deadline = recheck if deadline is None else min(deadline, recheck)
-                self._timer_armed = deadline is not None
-            timeout = None if deadline is None else max(deadline - time.monotonic(), 0.001)
-            if timeout is None and self._store.warm:
-                timeout = store.TIDY_EVERY_S
-                self._store.tidy()
-            for kind, what, descriptors in port.poll(timeout):
-                if kind == events.MESSAGE:
-                    self._on_results(what, descriptors)
-                elif kind == events.DEATH:
-                    self._on_death(what)
-                else:
-                    self._on_news(kind, what)
-            if self._attended:
-                self._unattend()  # whatever it was may have been the end of what is waited for
+        with self._lock:
+            deadline = dispatch.steal_at()
+            if self._suspects:
+                first = min(self._suspects.values())
+                deadline = first if deadline is None else min(deadline, first)
             if dispatch.stopping:
-                self._stop_running()
-            if deadline is not None:
-                self._on_timer(time.monotonic())
-            self._pump()
-            if self._closing and not self._tasks_closed and self._close_if_finished():
-                port.close_tasks()
-            if not port.count and (self._tasks_closed or self._ended is not None):
-                break
+                recheck = self._now() + STOP_RECHECK_S
+                deadline = recheck if deadline is None else min(deadline, recheck)
+            self._timer_armed = deadline is not None
+        timeout = None if deadline is None else max(deadline - self._now(), 0.001)
+        if timeout is None and self._store.warm:
+            timeout = store.TIDY_EVERY_S
+            self._store.tidy()
+        for kind, what, descriptors in port.poll(timeout):
+            if kind == events.MESSAGE:
+                self._on_results(what, descriptors)
+            elif kind == events.DEATH:
+                self._on_death(what)
+            else:
+                self._on_news(kind, what)
+        if self._attended:
+            self._unattend()  # whatever it was may have been the end of what is waited for
+        if dispatch.stopping:
+            self._stop_running()
+        if deadline is not None:
+            self._on_timer(self._now())
+        self._pump()
+        if self._closing and not self._tasks_closed and self._close_if_finished():
+            port.close_tasks()
+        if port.count or not (self._tasks_closed or self._ended is not None):
+            return True
         self._unattend()
         port.close()
         for number in self._lent:
             self._store.lost((self, number))
         self._lent.clear()
         self._store.detach()
+        return False
 
     def _finished(self) -> bool:
         with self._lock:
@@ -462,7 +467,7 @@ class Group:
             self._dispatch.workers = self.port.count
             if not death.expected:
                 # It may have taken a batch and died before it could say so: look again when the others have spoken.
-                now = time.monotonic()
+                now = self._now()
                 claimed = self.port.claimed()
                 for number in self._dispatch.inflight:
                     if number not in claimed:
@@ -500,9 +505,12 @@ class Group:
             elif kind == events.NODE_LOST:
                 doomed = self._dispatch.node_lost(what[0])
             elif kind == events.STOLEN:
-                self._dispatch.stolen(what[0], what[1], time.monotonic())
+                self._dispatch.stolen(what[0], what[1], self._now())
         if kind in (events.LOST, events.NODE_LOST):
             self._store.lost((self, what if kind == events.LOST else what[0]))
+        elif kind == events.CHANGED:
+            for slot in what:
+                self._store.lost((self, "slot", slot))
         if kind == events.HOPELESS:
             self._end(GroupBroken(str(what)))
         for job, task in doomed:
@@ -556,10 +564,15 @@ class Group:
             with self._lock:
                 for number in due:
                     del self._suspects[number]
+                    out = number in self._out
+                    self._out.discard(number)
                     if number not in self._dispatch.inflight or number in claimed:
                         continue
-                    if self._still_waits(number, claimed):
+                    waits = self._still_waits(number, claimed)
+                    if waits or not out:  # a worker may have taken it just now
                         self._suspects[number] = now + LOST_AFTER_S
+                        if not waits:
+                            self._out.add(number)
                     else:
                         self._dispatch.lost(number)
                         self._store.lost((self, number))
@@ -580,6 +593,7 @@ class Group:
             self._ended = why
             left = self._dispatch.abandon()
             self._suspects.clear()
+            self._out.clear()
         self._unattend()
         self.port.kill(at_once)
         failure = Failure(engine.ABANDONED, why)

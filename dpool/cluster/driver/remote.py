@@ -12,7 +12,6 @@ import os
 import struct
 import sys
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from multiprocessing import process as mp_process
@@ -20,8 +19,8 @@ from typing import Any
 
 import msgspec
 
-from dpool.batching import CREDITS_PER_WORKER
 from dpool.cluster.driver.client import Client, Pulse, Standing
+from dpool.cluster.driver.dealing import Dealing
 from dpool.cluster.driver.modules import answer
 from dpool.cluster.store import segments, store
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
@@ -29,7 +28,7 @@ from dpool.cluster.wire import frames, messages, pickling, sessions
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.events import CHANGED, DEATH, HOPELESS, LOST, MESSAGE, NODE_LOST, STOLEN
 from dpool.cluster.wire.keys import AGENT, DRIVER
-from dpool.cluster.wire.links import Dialer, Waker
+from dpool.cluster.wire.links import Dialer
 from dpool.engine import GroupSpec
 from dpool.errors import ClusterError
 from dpool.resources import shown
@@ -94,20 +93,21 @@ class RemoteProcess:
 class Node:
     """A session with a node: its part of the group. One node may have several, if its part has grown."""
 
-    def __init__(self, member: messages.Member, workers: int) -> None:
+    def __init__(self, member: messages.Member, workers: int, key: bytes, now: float) -> None:
         self.id = member.node
         self.addresses = list(member.addresses)
         self.host = member.host
         self.workers = workers
-        self.key = os.urandom(16)  # the session's
+        self.key = key  # the session's
         self.session = sessions.Session()
         self.dialer: Dialer | None = None
         self.resumed = False  # the connection carries the session
         self.broken_at: float | None = None
         self.retry_at = 0.0
         self.refusals = 0
+        self.unlinked = 0  # echoes in a row that say that the node has no connection
         self.opened = self.watched = False
-        self.open_until = time.monotonic() + OPEN_TIMEOUT_S
+        self.open_until = now + OPEN_TIMEOUT_S
         self.lost = ""  # why
         self.living: dict[int, RemoteProcess] = {}
         self.inflight: dict[int, None] = {}
@@ -149,16 +149,21 @@ class ClusterPort:
         self.client = client
         self.spec = spec
         self._replaces = replaces
-        self.group = os.urandom(16)
+        self._now = client.around.now
+        self.group = client.around.new_id()
         self.processes: list[Any] = []
         self.supervisor = RemoteSupervisor()
         self._nodes: dict[bytes, Node] = {}  # by session
         self._by_descriptor: dict[int, Node] = {}
         self._of_batch: dict[int, Node] = {}
-        # Guards the dealing of batches: _of_batch, the nodes' inflight and outboxes.
+        # Guards the dealing of batches: _of_batch, _dealing, the nodes' inflight and outboxes, and which outboxes hold
+        # something.
         self._lock = threading.Lock()
+        self._dealing: Dealing[Node] = Dealing()
+        self._unsent: dict[Node, None] = {}
+        self._ailing: dict[Node, None] = {}  # nodes that are not open yet, or without a connection
         self._inbox: deque[tuple[str, Any]] = deque()  # from the client's thread
-        self._waker = Waker()
+        self._waker = client.around.waker()
         self._stirred: dict[Node, None] = {}
         self._owner = 0
         self._any = threading.Event()  # there is a worker, or was, or none will come
@@ -167,6 +172,7 @@ class ClusterPort:
         self._first_number = 0
         self._closing = self._killed = self._closed = False
         self._empty_since: float | None = None
+        self._open_until = 0.0
         self._initializer = self._pack_initializer(spec)
         self._prefix = _name_prefix(spec)
         # A door that has not been told how many workers takes what the cluster has.
@@ -190,28 +196,39 @@ class ClusterPort:
 
     def open(self) -> None:
         """Have the group placed and its workers started. Raises ClusterError if that fails, or takes too long."""
-        self.client.add(self._standing)
-        end = time.monotonic() + OPEN_TIMEOUT_S
+        self.begin()
         try:
-            while not self._nodes or not all(node.opened for node in self._nodes.values()):
-                left = end - time.monotonic()
-                if left <= 0:
-                    if not self._nodes and self.spec.resources and self.client.nodes:
-                        raise ClusterError(f"no node of the cluster at {self.client.address} has free what each worker "
-                                           f"needs ({shown(self.spec.resources)}): dpool status shows what there is")
-                    if not self._nodes:
-                        raise ClusterError(f"the cluster at {self.client.address} has no node: start one with "
-                                           f"dpool node {self.client.address}")
-                    names = ", ".join(node.host for node in self._nodes.values() if not node.opened)
-                    raise ClusterError(f"no answer within {OPEN_TIMEOUT_S:.0f} s from: {names}")
-                for kind, what, _ in self.poll(min(left, 0.2)):
-                    if kind == HOPELESS:
-                        raise what
+            while self.opening():
+                pass
         except BaseException:
             self.kill()
             self.close()
             raise
         self._owner = 0  # from now on another thread polls
+
+    def begin(self) -> None:
+        """Ask the head for nodes."""
+        self._open_until = self._now() + OPEN_TIMEOUT_S
+        self.client.add(self._standing)
+
+    def opening(self) -> bool:
+        """One turn of open() after begin(); False when the workers are there. Raises ClusterError if they never are."""
+        if self._nodes and all(node.opened for node in self._nodes.values()):
+            return False
+        left = self._open_until - self._now()
+        if left <= 0:
+            if not self._nodes and self.spec.resources and self.client.nodes:
+                raise ClusterError(f"no node of the cluster at {self.client.address} has free what each worker needs "
+                                   f"({shown(self.spec.resources)}): dpool status shows what there is")
+            if not self._nodes:
+                raise ClusterError(f"the cluster at {self.client.address} has no node: start one with "
+                                   f"dpool node {self.client.address}")
+            names = ", ".join(node.host for node in self._nodes.values() if not node.opened)
+            raise ClusterError(f"no answer within {OPEN_TIMEOUT_S:.0f} s from: {names}")
+        for kind, what, _ in self.poll(min(left, 0.2)):
+            if kind == HOPELESS:
+                raise what
+        return True
 
     def _on_placed(self, placed: messages.Placed) -> None:
         self._inbox.append(("placed", placed))
@@ -225,7 +242,7 @@ class ClusterPort:
         for member in placed.members:
             more = member.workers - has.get(member.node, 0)
             if more > 0 and member.addresses:
-                self._connect(Node(member, more))
+                self._connect(Node(member, more, self.client.around.new_id(), self._now()))
         self._tell_head(placed.epoch)
 
     def _parts(self) -> dict[bytes, int]:
@@ -235,12 +252,13 @@ class ClusterPort:
         return parts
 
     def _tell_head(self, epoch: int | None = None) -> None:
-        now = time.monotonic()
+        now = self._now()
         self._avoid = {id: until for id, until in self._avoid.items() if until > now}
         self.client.update(self._standing, epoch or self._standing.epoch, self._parts(), list(self._avoid))
 
     def _connect(self, node: Node) -> None:
         self._nodes[node.key] = node
+        self._ailing[node] = None
         self._dial(node)
         if self._initializer >= 0:
             self._post_segment(node, self._initializer)
@@ -260,18 +278,20 @@ class ClusterPort:
         """Begin the pulse: not earlier than the node knows the session, for it denies those it does not know."""
         node.watched = True
         self.client.watch(Pulse(node.key, node.addresses[0], lambda: node.session.received,
-                                lambda received: self._tell("echo", (node, received)),
-                                lambda why: self._tell("lost", (node, why))))
+                                lambda *echo: self._tell("echo", (node, *echo)),
+                                lambda why: self._tell("lost", (node, why)), self._now()))
 
     def _tell(self, kind: str, what: Any) -> None:
         self._inbox.append((kind, what))
-        if kind == "lost" or what[0].objects:  # some of which may be gone here
+        node = what[0]
+        if kind == "lost" or node.objects or not what[2]:  # some of the objects may be gone here
             self._waker.wake()
 
     def _dial(self, node: Node) -> None:
         """A new connection for a session: the first, or one after another has broken."""
-        node.dialer = dialer = Dialer(self.client.context, self.client.keys, DRIVER, AGENT, node.addresses[0])
+        node.dialer = dialer = self.client.around.dialer(DRIVER, AGENT, node.addresses[0])
         node.resumed = False
+        node.unlinked = 0
         for descriptor in dialer.descriptors:
             self._by_descriptor[descriptor] = node
         self._waker.add(dialer.descriptors)
@@ -291,7 +311,7 @@ class ClusterPort:
     @property
     def count(self) -> int:
         """Living workers, on all nodes."""
-        return sum(len(node.living) for node in self._nodes.values())
+        return len(self.processes)
 
     def start(self) -> None:
         """Nothing: nodes replace their own workers."""
@@ -312,7 +332,7 @@ class ClusterPort:
             for node, share in shares.items():
                 if share > node.demanded:
                     node.demanded = share
-                    node.outbox.append((messages.Demand(share),))
+                    self._put(node, (messages.Demand(share),))
         self._flush_or_wake()
         if not self._any.is_set() and threading.get_ident() != self._owner:
             # As where a submit() starts the first worker itself: when it returns, there is one.
@@ -323,7 +343,7 @@ class ClusterPort:
         flags, _, _, function, batch = frames.TASKS.unpack_from(parts[0])[:5]
         objects = frames.unpack_refs(parts[2])[0] if parts[2] else []
         with self._lock:
-            node = self._roomiest()
+            node = self._dealing.next()
             if node is None:
                 return False
             before: list[messages.Message] = []
@@ -353,10 +373,11 @@ class ClusterPort:
                     carried.append(pieces(descriptor, segments.places(table)))
                     node.objects[key] = None
             for message in before:
-                node.outbox.append((message,))
-            node.outbox.append((carried, b"".join(parts), link_flags))
+                self._put(node, (message,))
+            self._put(node, (carried, b"".join(parts), link_flags))
             self._of_batch[batch] = node
             node.inflight[batch] = None
+            self._dealing.set(node, len(node.inflight), len(node.living))
         self._flush_or_wake()
         return True
 
@@ -379,16 +400,6 @@ class ClusterPort:
         for key in gone:
             del node.objects[key]
         return gone
-
-    def _roomiest(self) -> Node | None:
-        best, most = None, 0.0
-        for node in self._nodes.values():
-            workers = len(node.living)
-            if workers and not node.lost:
-                room = CREDITS_PER_WORKER - len(node.inflight) / workers
-                if best is None or room > most:
-                    best, most = node, room
-        return best
 
     def wake(self) -> None:
         self._waker.wake()
@@ -437,8 +448,13 @@ class ClusterPort:
 
     def _leave(self, node: Node, message: messages.Message) -> None:
         with self._lock:
-            node.outbox.append((message,))
+            self._put(node, (message,))
         self._flush_or_wake()
+
+    def _put(self, node: Node, entry: tuple[Any, ...]) -> None:
+        """Leave something for a node; with the lock held."""
+        node.outbox.append(entry)
+        self._unsent[node] = None
 
     def _flush_or_wake(self) -> None:
         if threading.get_ident() == self._owner:
@@ -466,30 +482,37 @@ class ClusterPort:
         return events
 
     def _until_due(self, timeout: float | None) -> float | None:
-        waiting = [node.retry_at for node in self._nodes.values() if node.broken_at is not None]
-        waiting += [node.open_until for node in self._nodes.values() if not node.opened]
+        waiting = [node.retry_at if node.dialer is None else node.broken_at + RESUME_WITHIN_S
+                   for node in self._ailing if node.broken_at is not None]
+        waiting += [node.open_until for node in self._ailing if not node.opened]
         if self._empty_since is not None:
             waiting.append(self._empty_since + REPLACE_WITHIN_S)
+        if self._avoid:
+            waiting.append(min(self._avoid.values()))
         if not waiting:
             return timeout
-        left = max(min(waiting) - time.monotonic(), 0.0)
+        left = max(min(waiting) - self._now(), 0.0)
         return left if timeout is None else min(left, timeout)
 
     def _flush(self) -> None:
         """Send what was left in the outboxes."""
-        for node in list(self._nodes.values()):
-            while node.outbox:
-                with self._lock:
-                    if not node.outbox:
-                        break
-                    entry = node.outbox.popleft()
-                if len(entry) == 1:
-                    self._post(node, entry[0])
-                    continue
-                carried, message, flags = entry
-                for segment in carried:
-                    self._post_pieces(node, segment)
-                self._send(node, node.session.wrap(sessions.TASKS, (message,), flags, len(carried)))
+        while self._unsent:
+            with self._lock:
+                if not self._unsent:
+                    break
+                node = next(iter(self._unsent))
+                entry = node.outbox.popleft()
+                if not node.outbox:
+                    del self._unsent[node]
+            if node.lost:
+                continue
+            if len(entry) == 1:
+                self._post(node, entry[0])
+                continue
+            carried, message, flags = entry
+            for segment in carried:
+                self._post_pieces(node, segment)
+            self._send(node, node.session.wrap(sessions.TASKS, (message,), flags, len(carried)))
 
     def _drain(self, nodes: list[Node], events: list[tuple[int, Any, list[int]]]) -> None:
         """Receive, until there is nothing more, from nodes that may have sent something."""
@@ -538,6 +561,7 @@ class ClusterPort:
             node = self._of_batch.pop(batch, None)
             if node is not None:
                 node.inflight.pop(batch, None)
+                self._dealing.set(node, len(node.inflight), len(node.living))
                 node.stealing.discard(batch)
                 if node.stopping:
                     node.stopping = {task for task in node.stopping if task[0] != batch}
@@ -559,10 +583,10 @@ class ClusterPort:
         if isinstance(message, messages.Opened):
             node.opened = True
             self._add_workers(node, message.workers)
-            events.append((CHANGED, None, []))
+            events.append((CHANGED, [], []))
         elif isinstance(message, messages.Started):
             self._add_workers(node, message.workers)
-            events.append((CHANGED, None, []))
+            events.append((CHANGED, [], []))
         elif isinstance(message, messages.Died):
             self._on_died(node, message, events)
         elif isinstance(message, messages.Lost):
@@ -604,6 +628,8 @@ class ClusterPort:
             process = RemoteProcess(self, node, slot)
             node.living[slot.slot] = process
             self.processes.append(process)
+        with self._lock:
+            self._dealing.set(node, len(node.inflight), len(node.living))
         self._empty_since = None
         if slots:
             self._any.set()
@@ -613,6 +639,8 @@ class ClusterPort:
         if process is not None:
             process.ended(message.exitcode)
             self.processes.remove(process)
+            with self._lock:
+                self._dealing.set(node, len(node.inflight), len(node.living))
         self.supervisor.failed_starts = message.failed_starts
         if message.batch:
             self._settle(message.batch)
@@ -623,30 +651,44 @@ class ClusterPort:
     # -- connections that break, nodes that are lost
 
     def _on_broken(self, node: Node, dialer: Dialer, events: list[tuple[int, Any, list[int]]]) -> None:
-        now = time.monotonic()
+        now = self._now()
         refused = not dialer.connected and "refused" in dialer.failure
         node.refusals += refused
         self._undial(node)
         if node.broken_at is None:
             node.broken_at = now
+            self._ailing[node] = None
         node.retry_at = now + RETRY_S
         if node.refusals >= 2 or "key" in dialer.failure:
             self._lose(node, f"{node.addresses[0]}: {dialer.failure}", events)
 
+    def _on_linked(self, node: Node, linked: bool) -> None:
+        """Whether a node has a connection for the session. One that has none has seen an end that is not seen here; but
+        what it says once may be older than the connection."""
+        node.unlinked = 0 if linked or not node.resumed else node.unlinked + 1
+        if node.unlinked >= 2 and not node.lost:
+            self._undial(node)
+            node.broken_at = node.retry_at = self._now()
+            self._ailing[node] = None
+
     def _look_after(self, events: list[tuple[int, Any, list[int]]]) -> None:
         """What falls due with time."""
-        now = time.monotonic()
-        for node in list(self._nodes.values()):
-            if not node.opened and now > node.open_until:
+        now = self._now()
+        for node in list(self._ailing):
+            if not node.opened and now >= node.open_until:
                 self._lose(node, f"it has not answered within {OPEN_TIMEOUT_S:.0f} s", events)
                 continue
             if node.broken_at is None:
+                if node.opened:
+                    del self._ailing[node]
                 continue
-            if now - node.broken_at > RESUME_WITHIN_S:
+            if now >= node.broken_at + RESUME_WITHIN_S:
                 self._lose(node, "its connection is broken and cannot be made again", events)
             elif node.dialer is None and now >= node.retry_at:
                 self._dial(node)
-        if self._empty_since is not None and now - self._empty_since > REPLACE_WITHIN_S:
+        if self._avoid and now >= min(self._avoid.values()):
+            self._tell_head()  # that the node may serve again
+        if self._empty_since is not None and now >= self._empty_since + REPLACE_WITHIN_S:
             self._empty_since = None
             events.append((HOPELESS, ClusterError(
                 f"every node of this group was lost, and the cluster at {self.client.address} has had no other for "
@@ -658,9 +700,10 @@ class ClusterPort:
             if kind == "placed":
                 self._follow(what)
             elif kind == "echo":
-                node, received = what
+                node, received, linked = what
                 if received <= node.session.sent:
                     node.session.acknowledged(received)
+                self._on_linked(node, linked)
                 if node.objects and not node.lost:
                     with self._lock:
                         gone = self._gone(node)
@@ -675,9 +718,11 @@ class ClusterPort:
         if node.lost or node.key not in self._nodes:
             return
         node.lost = why
+        self._ailing.pop(node, None)
         self._any.set()
         with self._lock:
             del self._nodes[node.key]
+            self._dealing.set(node, 0, 0)
             batches = list(node.inflight)
             for batch in batches:
                 self._of_batch.pop(batch, None)
@@ -689,13 +734,14 @@ class ClusterPort:
         for process in node.living.values():
             process.ended(None)
             self.processes.remove(process)
+        slots = [(slot + node.first_slot) % (1 << 16) for slot in node.living]
         node.living.clear()
-        self._avoid[node.id] = time.monotonic() + AVOID_S
+        self._avoid[node.id] = self._now() + AVOID_S
         self._tell_head()
         events.extend((NODE_LOST, (batch, node.host, why), []) for batch in batches)
-        events.append((CHANGED, None, []))
+        events.append((CHANGED, slots, []))
         if not self._nodes and not self._closing and not self._killed:
-            self._empty_since = time.monotonic()
+            self._empty_since = self._now()
 
     # -- sending, by the I/O thread
 

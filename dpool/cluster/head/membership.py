@@ -77,6 +77,8 @@ class Membership:
         self.nodes: dict[bytes, _Node] = {}
         self.drivers: dict[bytes, _Driver] = {}
         self.stopping = False
+        self._cpus = 0  # of all nodes
+        self._next_tick: float | None = None  # nobody is gone before
 
     # -- what comes in
 
@@ -101,20 +103,30 @@ class Membership:
         for peer in (*self.nodes.values(), *self.drivers.values()):
             if peer.connection == connection:
                 peer.gone_at = min(peer.gone_at, now + BROKEN_AFTER_S)
+                self._look_at(peer)
 
     def tick(self, now: float) -> Mail:
         """Forget who is gone, and place what has to be placed anew."""
+        if self._next_tick is None or now < self._next_tick:
+            return []  # thousands of nodes are not gone through at each message
         gone = [id for id, node in self.nodes.items() if node.gone_at <= now]
         for id in gone:
-            del self.nodes[id]
+            self._forget(id)
         for id in [id for id, driver in self.drivers.items() if driver.gone_at <= now]:
             del self.drivers[id]
+        self._next_tick = min((peer.gone_at for peer in (*self.nodes.values(), *self.drivers.values())), default=None)
         return self._place_all() if gone else []
 
     @property
     def next_tick(self) -> float | None:
-        """When tick() has something to do if nothing comes before."""
-        return min((peer.gone_at for peer in (*self.nodes.values(), *self.drivers.values())), default=None)
+        """When to call tick() if nothing comes before."""
+        return self._next_tick
+
+    def _look_at(self, peer: _Peer) -> None:
+        self._next_tick = peer.gone_at if self._next_tick is None else min(self._next_tick, peer.gone_at)
+
+    def _forget(self, id: bytes) -> None:
+        self._cpus -= self.nodes.pop(id).state.cpus
 
     def _node(self, connection: bytes, state: NodeState, now: float) -> Mail:
         if conflict := self.versions.conflict(state.versions):
@@ -122,7 +134,11 @@ class Membership:
         known = self.nodes.get(state.node)
         if known is not None and known.number >= state.number and known.connection == connection:
             return []
-        self.nodes[state.node] = _Node(connection, now, state)
+        if known is not None:
+            self._cpus -= known.state.cpus
+        node = self.nodes[state.node] = _Node(connection, now, state)
+        self._cpus += state.cpus
+        self._look_at(node)
         mail: Mail = [(connection, self._welcome())]
         return mail if known is not None else mail + self._place_all()
 
@@ -133,6 +149,7 @@ class Membership:
         if known is not None and known.number >= state.number and known.connection == connection:
             return []
         driver = self.drivers[state.driver] = _Driver(connection, now, state)
+        self._look_at(driver)
         if known is not None:
             driver.placed = {group.group: placed for group in state.groups
                              if (placed := known.placed.get(group.group)) is not None and placed.epoch > group.epoch}
@@ -141,7 +158,7 @@ class Membership:
     def _leaving(self, connection: bytes, who: bytes, now: float) -> Mail:
         node = self.nodes.get(who)
         if node is not None and node.connection == connection:
-            del self.nodes[who]
+            self._forget(who)
             return self._place_all()
         driver = self.drivers.get(who)
         if driver is not None and driver.connection == connection:
@@ -149,7 +166,7 @@ class Membership:
         return []
 
     def _welcome(self) -> Welcome:
-        return Welcome(self.cluster, len(self.nodes), sum(node.state.cpus for node in self.nodes.values()))
+        return Welcome(self.cluster, len(self.nodes), self._cpus)
 
     # -- placing
 
@@ -175,22 +192,23 @@ class Membership:
         """The parts a group should have: those it has, on nodes that are here, and what is missing."""
         has = {part.node: part.workers for part in group.parts}
         # A node the head does not know now may still serve the driver: that is the driver's to judge.
-        nodes = {id: node.state for id, node in self.nodes.items() if id not in group.avoid}
         wants = dict(has)
-        room = self._room(group, nodes, has)
+        missing = group.wanted - sum(has.values())
         share = group.needs.get(resources.CPUS, 1.0)
+        nodes: dict[bytes, NodeState] = {}
+        if group.wanted == 0 or missing > 0:
+            nodes = {id: node.state for id, node in self.nodes.items() if id not in group.avoid}
+        room = self._room(group, nodes, has)
         if group.wanted == 0:
             for id, state in nodes.items():
                 most = max(int(state.cpus / share), 1) - has.get(id, 0)
                 wants[id] = has.get(id, 0) + max(min(most, room.get(id, most)), 0)
-        else:
-            missing = group.wanted - sum(has.values())
-            if missing > 0 and nodes:
-                load = self._load(group.group)
-                cpus = {id: max(state.cpus, 1) / share for id, state in nodes.items()}
-                before = {id: load.get(id, 0.0) / share + has.get(id, 0) for id in nodes}
-                for id, more in spread(missing, cpus, before, room).items():
-                    wants[id] = wants.get(id, 0) + more
+        elif nodes:
+            load = self._load(group.group)
+            cpus = {id: max(state.cpus, 1) / share for id, state in nodes.items()}
+            before = {id: load.get(id, 0.0) / share + has.get(id, 0) for id in nodes}
+            for id, more in spread(missing, cpus, before, room).items():
+                wants[id] = wants.get(id, 0) + more
         wants = {id: workers for id, workers in wants.items() if workers}
         members = []
         for id, workers in wants.items():
@@ -255,6 +273,9 @@ class Membership:
 
     def validate(self) -> None:
         """Raise AssertionError unless the books agree. For tests."""
+        assert self._cpus == sum(node.state.cpus for node in self.nodes.values())
+        for peer in (*self.nodes.values(), *self.drivers.values()):
+            assert self._next_tick is not None and self._next_tick <= peer.gone_at
         for id, node in self.nodes.items():
             assert node.state.node == id
         for id, driver in self.drivers.items():

@@ -2,7 +2,7 @@
 
 It carries batches from drivers to workers and outcomes back by their headers alone, and unpickles nothing. What is
 lost is ledger.py's to decide, how many workers there should be supervisor.py's. Run by `dpool node`, in the thread
-that calls serve().
+that calls serve(); the simulation calls step().
 
     driver  --- TCP, CURVE --->  agent  --- socket pair, one a group --->  workers
                                    |  --- requests to fork --->  zygote
@@ -12,20 +12,17 @@ that calls serve().
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
 import msgspec
-import zmq
 
 from dpool.cluster.node.ledger import Ledger
 from dpool.cluster.node.modules import Library, Questions
 from dpool.cluster.node.output import Output
-from dpool.cluster.node.starting import Worker, Zygote, ZygoteContext
+from dpool.cluster.node.starting import Zygote, ZygoteContext
 from dpool.cluster.node.workers import Workers
 from dpool.cluster.store import segments
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
@@ -33,7 +30,8 @@ from dpool.cluster.wire import frames, messages, sessions
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.events import MESSAGE
 from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, Keys
-from dpool.cluster.wire.links import Dialer, Frame, Listener, Received, Waker, address_of, local_host
+from dpool.cluster.wire.links import Frame, Received, address_of
+from dpool.cluster.wire.surroundings import Surroundings
 from dpool.engine import GroupSpec
 from dpool.resources import MEMORY, Lacking, Stock
 
@@ -81,7 +79,7 @@ class Part:
     def close(self) -> None:
         """Give every descriptor back; its workers must have ended or be ending."""
         if self.workers is not None:
-            for process in self.workers._slots.values():
+            for process in self.workers.by_slot.values():
                 process.let_go()
             self.workers.close()
         self.arrivals.close()
@@ -97,40 +95,46 @@ class Part:
             end.close()
 
 
+# Makes the workers of a part, as its driver has asked for them; starts none.
+MakeWorkers = Callable[[Part, messages.Open], Workers]
+
+
 class Agent:
     """Listens from the moment it is made. Raises ValueError for a bad address, OSError for one that is taken."""
 
     def __init__(self, keys: Keys, head: str, bind: str | None, cpus: int, stock: Stock,
-                 log: Callable[[str], object], orphan_after_s: float = ORPHAN_AFTER_S) -> None:
-        self._context = zmq.Context()
+                 log: Callable[[str], object], orphan_after_s: float = ORPHAN_AFTER_S,
+                 around: Surroundings | None = None, make_workers: MakeWorkers | None = None) -> None:
+        self._around = around or Surroundings(keys)
         self._log = log
         self._orphan_after_s = orphan_after_s
         try:
-            host = local_host(head)
-            self._listener = Listener(self._context, keys, AGENT, bind or address_of(host, 0))
+            self._listener = self._around.listener(AGENT, bind or address_of(self._around.host(head), 0))
         except BaseException:
-            self._context.term()
+            self._around.end()
             raise
         self.address = self._listener.address
-        self._head = Dialer(self._context, keys, AGENT, HEAD, head, again=True)
-        self._waker = Waker()
+        self._head = self._around.dialer(AGENT, HEAD, head, again=True)
+        self._waker = self._around.waker()
         self._waker.add(self._listener.descriptors)
         self._waker.add(self._head.descriptors)
-        self.id = os.urandom(16)
+        self.id = self._around.new_id()
         self._cpus = cpus
         self._stock = stock
         self._number = 0
         self._versions = messages.Versions.here()
         self._library = Library()
         self._zygote = Zygote()
-        self._zygote.start()
+        if make_workers is None:
+            self._zygote.start()
+        self._make_workers = make_workers or self._fork_workers
         self._parts: dict[bytes, Part] = {}
         self._by_peer: dict[bytes, Part] = {}
         self._by_descriptor: dict[int, Part] = {}
         self._ended: dict[bytes, None] = {}  # sessions of late, so that a driver that resumes one learns its end
         self._tasks_done = 0
         self._stop = threading.Event()
-        self._alone_since = time.monotonic()
+        self._alone_since = self._state_at = self._around.now()
         self.joined = threading.Event()
         self.refused = ""  # why the head does not take this node
         self._said = ""
@@ -139,43 +143,45 @@ class Agent:
 
     def serve(self) -> None:
         """Until stop() is called, here or by `dpool stop`, or nobody has needed this node for long."""
-        now = time.monotonic()
-        state_at = now
         try:
             while not self._stop.is_set() and not self.refused:
-                now = time.monotonic()
-                if now >= state_at:
-                    self._say_state()
-                    self._look_around(now)
-                    state_at = now + STATE_EVERY_S
-                deadline = state_at
-                for part in self._parts.values():
-                    if part.ledger.deadline is not None:
-                        deadline = min(deadline, part.ledger.deadline)
-                    if part.ending:
-                        deadline = min(deadline, now + 0.05)
-                    if part.stops:
-                        deadline = min(deadline, now + STOP_RECHECK_S)
-                ready = self._waker.wait(deadline - now)
-                self._listener.authenticate()
-                for descriptor in ready:
-                    part_or_none = self._by_descriptor.get(descriptor)
-                    if part_or_none is not None:
-                        self._on_part(part_or_none, descriptor)
-                for part in list(self._parts.values()):
-                    if part.ending or part.stops or part.ledger.deadline is not None:
-                        self._on_time(part, time.monotonic())
-                # Last, and until there is nothing: sending, too, may use up the news of what has come.
-                for message in self._head.receive():
-                    self._from_head(message[0])
-                self._head.watch()
-                self._report_link()
-                for received in self._listener.receive():
-                    self._from_driver(received)
-                for peer in self._listener.ended():
-                    self._on_broken(peer, time.monotonic())
+                self.step()
         finally:
             self._end()
+
+    def step(self) -> None:
+        """One turn of serve(): wait until something comes or falls due, and see to it."""
+        now = self._around.now()
+        if now >= self._state_at:
+            self._say_state()
+            self._look_around(now)
+            self._state_at = now + STATE_EVERY_S
+        deadline = self._state_at
+        for part in self._parts.values():
+            if part.ledger.deadline is not None:
+                deadline = min(deadline, part.ledger.deadline)
+            if part.ending:
+                deadline = min(deadline, now + 0.05)
+            if part.stops:
+                deadline = min(deadline, now + STOP_RECHECK_S)
+        ready = self._waker.wait(deadline - now)
+        self._listener.authenticate()
+        for descriptor in ready:
+            part_or_none = self._by_descriptor.get(descriptor)
+            if part_or_none is not None:
+                self._on_part(part_or_none, descriptor)
+        for part in list(self._parts.values()):
+            if part.ending or part.stops or part.ledger.deadline is not None:
+                self._on_time(part, self._around.now())
+        # Last, and until there is nothing: sending, too, may use up the news of what has come.
+        for message in self._head.receive():
+            self._from_head(message[0])
+        self._head.watch()
+        self._report_link()
+        for received in self._listener.receive():
+            self._from_driver(received)
+        for peer in self._listener.ended():
+            self._on_broken(peer, self._around.now())
 
     def stop(self) -> None:
         """Make serve() return. Any thread and any signal handler may call it."""
@@ -189,7 +195,7 @@ class Agent:
         self._head.close(linger_ms=200)
         self._listener.close()
         self._waker.close()
-        self._context.term()
+        self._around.end()
         self._zygote.close()
 
     # -- the head
@@ -273,7 +279,7 @@ class Agent:
 
     def _on_connection(self, peer: bytes, message: messages.ToNode) -> None:
         """A message about a connection or session as a whole."""
-        now = time.monotonic()
+        now = self._around.now()
         if isinstance(message, messages.Pulse):
             part = self._parts.get(message.session)
             if part is None:
@@ -281,7 +287,7 @@ class Agent:
                 return
             part.gone_at = now + DRIVER_LEASE_S
             part.session.acknowledged(message.received)
-            self._answer(peer, messages.Pulse(message.session, part.session.received))
+            self._answer(peer, messages.Pulse(message.session, part.session.received, part.peer is not None))
         elif isinstance(message, messages.Resume):
             part = self._parts.get(message.session)
             if part is None:
@@ -295,7 +301,9 @@ class Agent:
             self._by_peer[peer] = part
             part.gone_at = now + DRIVER_LEASE_S
             again = part.session.resume(message.received)
-            self._answer(peer, messages.Resumed(message.session, part.session.received))
+            if not self._answer(peer, messages.Resumed(message.session, part.session.received)):
+                # An earlier connection, whose message was read after that of the one that has replaced it.
+                self._on_broken(peer, now)
             for resent in again:
                 self._listener.send(peer, resent)
         elif isinstance(message, messages.Bye):
@@ -303,9 +311,10 @@ class Agent:
             if part is not None:
                 self._drop(part)
 
-    def _answer(self, peer: bytes, message: messages.Message) -> None:
+    def _answer(self, peer: bytes, message: messages.Message) -> bool:
+        """False if the connection has ended."""
         header = sessions.HEADER.pack(sessions.CONTROL, 0, 0, 0, 0, 0)
-        self._listener.send(peer, (header + messages.encode(message),))
+        return self._listener.send(peer, (header + messages.encode(message),))
 
     def _on_broken(self, peer: bytes, now: float) -> None:
         part = self._by_peer.pop(peer, None)
@@ -390,9 +399,7 @@ class Agent:
             part.ledger.waiting.clear()
             workers.kill(message.at_once)
         elif isinstance(message, messages.Signal):
-            for pidfd, slot in workers._pidfds.items():
-                if slot == message.slot:
-                    signal.pidfd_send_signal(pidfd, message.number)
+            workers.signal(message.slot, message.number)
         elif isinstance(message, messages.Forget):
             descriptor = part.functions.pop(message.function, -1)
             if descriptor >= 0:
@@ -416,18 +423,11 @@ class Agent:
             self._post(part, messages.Failed(f"the node on {socket.gethostname()} cannot be used: {conflict}"))
             return
         part.group = message.group
-        request = {"authkey": message.authkey.hex(), "argv": message.argv, "directory": message.directory,
-                   "replaces": message.replaces}
-        context = ZygoteContext(self._zygote, message.first_number, request, part.asks[1].fileno(), part.output,
-                                part.initializer)
-        spec = GroupSpec(message.workers, context, None, (), message.max_tasks,  # type: ignore[arg-type]
-                         on_demand=message.on_demand, worker_name=message.worker_name)
         try:
-            grant = self._stock.take(message.needs, message.workers) if message.needs else None
+            part.workers = workers = self._make_workers(part, message)
         except Lacking as error:
             self._post(part, messages.Failed(f"the node on {socket.gethostname()}: {error}"))
             return
-        part.workers = workers = Workers(spec, grant)
         # What a worker needs to be forked; kept open as long as the part.
         try:
             workers.open()
@@ -436,11 +436,26 @@ class Agent:
             workers.close()
             self._post(part, messages.Failed(f"no worker can be started on {socket.gethostname()}: {error}"))
             return
-        for descriptor in (workers._poll.fileno(), part.asks[0].fileno()):
+        for descriptor in (workers.descriptor, part.asks[0].fileno()):
             self._by_descriptor[descriptor] = part
             self._waker.add([descriptor])
         self._watch_output(part)
         self._post(part, messages.Opened(_slots(workers)))
+
+    def _fork_workers(self, part: Part, message: messages.Open) -> Workers:
+        grant = self._stock.take(message.needs, message.workers) if message.needs else None
+        request = {"authkey": message.authkey.hex(), "argv": message.argv, "directory": message.directory,
+                   "replaces": message.replaces}
+        context = ZygoteContext(self._zygote, message.first_number, request, part.asks[1].fileno(), part.output,
+                                part.initializer)
+        spec = GroupSpec(message.workers, context, None, (), message.max_tasks,  # type: ignore[arg-type]
+                         on_demand=message.on_demand, worker_name=message.worker_name)
+        try:
+            return Workers(spec, grant)
+        except BaseException:
+            if grant is not None:
+                grant.give_back()
+            raise
 
     def _start(self, part: Part, workers: Workers, before: set[int]) -> None:
         """Start the workers that are missing, and tell the driver which are new."""
@@ -490,16 +505,18 @@ class Agent:
         if descriptor == part.asks[0].fileno():
             self._on_question(part)
             return
-        if descriptor != workers._poll.fileno():
+        if descriptor != workers.descriptor:
             self._on_output(part, descriptor)
             return
         for _ in range(_BURST):
             events = workers.poll(0)
             if not events:
                 break
+            deaths = False
             for kind, what, descriptors in events:
                 if kind != MESSAGE:
                     self._on_death(part, workers, what)
+                    deaths = True
                     continue
                 try:
                     self._on_results(part, what, descriptors)
@@ -507,6 +524,9 @@ class Agent:
                     # A worker writes nonsense, or there is no memory to send what it has written.
                     self._fail(part, error)
                     return
+            if deaths and not part.ending and not workers.supervisor.hopeless:
+                # Not earlier: the driver hears of every death before it hears of whoever has the slot next.
+                self._start(part, workers, {process.pid for process in workers.processes})
         if part.ledger.waiting:
             self._hand_over(part)
 
@@ -528,21 +548,18 @@ class Agent:
         self._send(part, part.session.wrap(sessions.RESULTS, (message,), segments=len(descriptors)))
 
     def _on_death(self, part: Part, workers: Workers, death: Death) -> None:
-        part.ledger.died(death.batch, workers.claimed(), time.monotonic())
-        before = {process.pid for process in workers.processes}
+        part.ledger.died(death.batch, workers.claimed(), self._around.now())
         self._post(part, messages.Died(death.slot, death.pid, death.exitcode, death.batch, death.task, death.ready,
                                        death.trace, death.expected, workers.supervisor.failed_starts,
                                        death.slot in part.stopped))
         part.stopped.discard(death.slot)
-        if not part.ending and not workers.supervisor.hopeless:
-            self._start(part, workers, before)
 
     def _on_time(self, part: Part, now: float) -> None:
         workers = part.workers
         if workers is None:
             return
         if part.ending:
-            self._on_part(part, workers._poll.fileno())  # its poll() also keeps the time of kill()
+            self._on_part(part, workers.descriptor)  # its poll() also keeps the time of kill()
             if not workers.supervisor.closing:
                 self._close_tasks(part, workers)
         if part.stops:
@@ -584,8 +601,8 @@ class Agent:
                                                beside=piece))
 
     def _send(self, part: Part, message: sessions.Frames) -> None:
-        if part.peer is not None:
-            self._listener.send(part.peer, message)
+        if part.peer is not None and not self._listener.send(part.peer, message):
+            self._on_broken(part.peer, self._around.now())
 
     # -- the end of a part
 
@@ -613,7 +630,6 @@ class Agent:
 
 def _slots(workers: Workers) -> list[messages.Slot]:
     found = []
-    for slot, process in workers._slots.items():
-        assert isinstance(process, Worker)
+    for slot, process in workers.by_slot.items():
         found.append(messages.Slot(slot, process.pid, process.name))
     return found

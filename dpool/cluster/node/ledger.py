@@ -23,6 +23,7 @@ class Ledger(Generic[Message]):
         self.handed: dict[int, int] = {}  # batch -> its tasks; in the order in which they went into the socket
         self.waiting: deque[tuple[int, int, Message]] = deque()  # the socket was full
         self._suspects: dict[int, float] = {}  # batch -> when to decide whether it is lost
+        self._out: set[int] = set()  # suspects that were in no worker and not in the socket when last looked at
         self.tasks_done = 0
 
     def add(self, batch: int, tasks: int, message: Message) -> None:
@@ -50,11 +51,12 @@ class Ledger(Generic[Message]):
         self.tasks_done += count
         if done:
             self.handed.pop(batch, None)
-            self._suspects.pop(batch, None)
+            self._acquit(batch)
 
     def died(self, batch: int, claimed: dict[int, int], now: float) -> None:
         """A worker has ended, in `batch` or in none (0): it may have taken another and not said so yet."""
         self.handed.pop(batch, None)
+        self._acquit(batch)
         for number in self.handed:
             if number not in claimed:
                 self._suspects.setdefault(number, now + LOST_AFTER_S)
@@ -75,15 +77,23 @@ class Ledger(Generic[Message]):
         lost = []
         for batch in due:
             if batch in claimed or batch not in order:
-                del self._suspects[batch]
+                self._acquit(batch)
             elif unread and order[batch] > latest:
                 self._suspects[batch] = now + LOST_AFTER_S  # it may be in there
+                self._out.discard(batch)
+            elif batch not in self._out:
+                self._suspects[batch] = now + LOST_AFTER_S  # a worker may have taken it just now
+                self._out.add(batch)
             else:
-                del self._suspects[batch]
+                self._acquit(batch)
                 lost.append(batch)
         for batch in lost:
             del self.handed[batch]
         return lost
+
+    def _acquit(self, batch: int) -> None:
+        self._suspects.pop(batch, None)
+        self._out.discard(batch)
 
     @property
     def running(self) -> int:
@@ -92,5 +102,5 @@ class Ledger(Generic[Message]):
 
     def validate(self) -> None:
         """Raise AssertionError unless the books agree. For tests."""
-        assert set(self._suspects) <= set(self.handed)
+        assert self._out <= set(self._suspects) <= set(self.handed)
         assert not {number for number, _, _ in self.waiting} & set(self.handed)

@@ -59,9 +59,9 @@ class Workers:
         self._grant = grant
         self.supervisor = Supervisor(spec.processes, spec.on_demand)
         self.processes: list[Any] = []  # of all living workers; doors show it to users, so it is changed in place
-        self._slots: dict[int, Any] = {}  # slot -> process
+        self.by_slot: dict[int, Any] = {}  # slot -> process
         self._pidfds: dict[int, int] = {}  # pidfd -> slot
-        # Guards the supervisor, processes, _slots and _pidfds against a submitter that starts workers on demand.
+        # Guards the supervisor, processes, by_slot and _pidfds against a submitter that starts workers on demand.
         self._lock = threading.Lock()
         self._kill_at: float | None = None
         self._closed = False
@@ -178,7 +178,7 @@ class Workers:
         return process
 
     def _watch(self, slot: int, process: Any) -> None:
-        self._slots[slot] = process
+        self.by_slot[slot] = process
         try:
             pidfd = os.pidfd_open(process.pid)
         except ProcessLookupError:
@@ -189,6 +189,11 @@ class Workers:
         self._poll.register(pidfd, select.EPOLLIN)
 
     # -- messages
+
+    @property
+    def descriptor(self) -> int:
+        """Readable when poll() has something."""
+        return self._poll.fileno()
 
     def send(self, parts: list[bytes], descriptors: list[int]) -> bool:
         """Hand one message to whichever worker reads next; False if the socket is full: try again after a result."""
@@ -290,7 +295,7 @@ class Workers:
     def _reap(self, pidfd: int) -> Death:
         with self._lock:
             slot = self._pidfds.pop(pidfd)
-            process = self._slots.pop(slot)
+            process = self.by_slot.pop(slot)
             self._poll.unregister(pidfd)
             os.close(pidfd)
             # Whatever its task started in its process group goes with it, while the zombie still holds the number.
@@ -310,6 +315,13 @@ class Workers:
             self.processes.remove(process)
             self.supervisor.ended(slot, ready)
         return death
+
+    def signal(self, slot: int, number: int) -> None:
+        """Send a signal to the worker in a slot, if there is one."""
+        with self._lock:
+            for pidfd, its in self._pidfds.items():
+                if its == slot:
+                    signal.pidfd_send_signal(pidfd, number)
 
     def signal_all(self, number: int) -> None:
         """Send a signal to every living worker, by pidfd, so that it reaches no stranger."""
@@ -346,7 +358,7 @@ class Workers:
     def claimed(self) -> dict[int, int]:
         """Batches that workers say they are in, and their slots."""
         page = self.page
-        return {page[slot * SLOT_WORDS + BATCH]: slot for slot in list(self._slots) if page[slot * SLOT_WORDS + BATCH]}
+        return {page[slot * SLOT_WORDS + BATCH]: slot for slot in list(self.by_slot) if page[slot * SLOT_WORDS + BATCH]}
 
     def unread(self) -> bool:
         """Whether a message is in the socket that no worker has taken yet."""

@@ -226,10 +226,12 @@ class Resume(Message, frozen=True):
 
 
 class Pulse(Message, frozen=True):
-    """Said once a second on a connection of its own, and echoed: I am alive, this is what I have received."""
+    """Said once a second on a connection of its own, and echoed: I am alive, this is what I have received. A node that
+    is not `linked` has no connection for the session: it has seen the end of one, which the driver may not have."""
 
     session: Id
     received: Number
+    linked: bool = True
 
 
 class Demand(Message, frozen=True):

@@ -1,0 +1,206 @@
+"""Bugs, one patch each, put into the real code to see whether the simulation notices.
+
+A mutant that no history catches says which fault is missing from faults.py, or which check from history.py. Used by
+running.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+from dpool.cluster.driver import client as client_module
+from dpool.cluster.driver import remote as remote_module
+from dpool.cluster.driver.client import Client
+from dpool.cluster.driver.dispatch import Dispatch
+from dpool.cluster.driver.remote import ClusterPort
+from dpool.cluster.head.membership import Membership
+from dpool.cluster.node import agent as agent_module
+from dpool.cluster.node.agent import Agent
+from dpool.cluster.node.ledger import Ledger
+from dpool.cluster.wire import messages
+from dpool.cluster.wire.events import NODE_LOST
+from dpool.cluster.wire.sessions import Session
+
+from .history import BRIEF, DEATHS
+
+
+class Mutant:
+    """A method or constant that is replaced while a history runs; `kind` is that of the histories that show it best."""
+
+    def __init__(self, owner: Any, name: str, value: Any, kind: str = "wild") -> None:
+        self.owner = owner
+        self.name = name
+        self.value = value
+        self.kind = kind
+
+    def apply(self) -> AbstractContextManager[Any]:
+        return mock.patch.object(self.owner, self.name, self.value)
+
+
+def _around(owner: Any, name: str, change: Callable[..., Any], kind: str = "wild") -> Mutant:
+    """The method calls `change(original, self, ...)` instead."""
+    original = getattr(owner, name)
+    return Mutant(owner, name, lambda self, *args, **more: change(original, self, *args, **more), kind)
+
+
+def _nothing(*_: object, **__: object) -> None:
+    pass
+
+
+# -- sessions
+
+
+def _accepts_all(self: Session, kind: int, number: int, acknowledged: int) -> bool:
+    self.acknowledged(acknowledged)
+    if number:
+        self.received = max(self.received, number)
+    return bool(number)
+
+
+def _resends_all_but_one(original: Callable[..., Any], self: Session, received: int) -> Any:
+    return original(self, received)[1:]
+
+
+def _forgets_what_it_sends(original: Callable[..., Any], self: Session, *args: Any, **more: Any) -> Any:
+    frames = original(self, *args, **more)
+    self.unacknowledged.pop()
+    return frames
+
+
+# -- the driver
+
+
+def _turns_without_pause(self: ClusterPort, timeout: float | None) -> float | None:
+    waiting = [node.retry_at for node in self._nodes.values() if node.broken_at is not None]
+    return max(min(waiting) - self._now(), 0.0) if waiting else timeout
+
+
+def _requeues_reported(self: Dispatch, number: int) -> Any:
+    batch = self.inflight.pop(number, None)
+    if batch is not None:
+        self._take_back(batch, 0)
+    return []
+
+
+def _forgets_the_rest(original: Callable[..., Any], self: Dispatch, number: int, run_ns: int, executed: int) -> None:
+    batch = self.inflight.get(number)
+    if batch is not None:
+        batch.stop = batch.reported
+    original(self, number, run_ns, executed)
+
+
+def _gives_up_at_once(original: Callable[..., Any], self: ClusterPort, node: Any, dialer: Any, events: Any) -> None:
+    original(self, node, dialer, events)
+    self._lose(node, "broken", events)
+
+
+def _loses_without_telling(original: Callable[..., Any], self: ClusterPort, node: Any, why: str, events: Any) -> None:
+    told: list[Any] = []
+    original(self, node, why, told)
+    events.extend(event for event in told if event[0] != NODE_LOST)
+
+
+
+# -- the node
+
+
+def _loses_what_waits(self: Ledger[Any], claimed: dict[int, int], unread: bool, now: float) -> list[int]:
+    """Takes batches for lost that are still in the socket."""
+    lost = [batch for batch, when in self._suspects.items() if when <= now and batch not in claimed]
+    for batch in lost:
+        del self._suspects[batch], self.handed[batch]
+    for batch in [batch for batch in self._suspects if batch in claimed]:
+        del self._suspects[batch]
+    return lost
+
+
+def _looks_once(original: Callable[..., Any], self: Ledger[Any], *args: Any) -> Any:
+    self._out |= set(self._suspects)
+    return original(self, *args)
+
+
+def _keeps_parts(self: Agent, now: float) -> None:
+    pass
+
+
+def _does_not_resend(original: Callable[..., Any], self: Agent, peer: bytes, message: Any) -> None:
+    part = self._parts.get(message.session) if isinstance(message, messages.Resume) else None
+    if part is None:
+        original(self, peer, message)
+        return
+    with mock.patch.object(Session, "resume", lambda *_: []):
+        original(self, peer, message)
+
+
+def _does_not_say_died(original: Callable[..., Any], self: Agent, part: Any, message: Any) -> None:
+    if not isinstance(message, messages.Died):
+        original(self, part, message)
+
+
+def _steals_twice(original: Callable[..., Any], self: Agent, part: Any, workers: Any, batch: int) -> None:
+    with mock.patch.object(Ledger, "take_back", lambda ledger, number: next(
+            (message for one, _, message in ledger.waiting if one == number), None)):
+        original(self, part, workers, batch)
+
+
+def _hands_over_once(original: Callable[..., Any], self: Agent, part: Any, descriptor: int) -> None:
+    with mock.patch.object(Agent, "_hand_over", _nothing):
+        original(self, part, descriptor)
+
+
+# -- the head
+
+
+def _places_on_the_gone(self: Membership, now: float) -> Any:
+    """Never takes a node for gone."""
+    for peer in (*self.nodes.values(), *self.drivers.values()):
+        peer.gone_at = max(peer.gone_at, now + 1000.0)
+    return []
+
+
+def _says_placements_once(original: Callable[..., Any], self: Membership, driver: Any) -> Any:
+    before = dict(driver.placed)
+    return [(peer, message) for peer, message in original(self, driver)
+            if before.get(message.group) is not message]
+
+
+MUTANTS: dict[str, Mutant] = {
+    "session: duplicates are accepted": Mutant(Session, "accept", _accepts_all),
+    "session: nothing is sent again": Mutant(Session, "resume", lambda self, received: []),
+    "session: the first missing message is not sent again": _around(Session, "resume", _resends_all_but_one),
+    "session: what is sent is not kept": _around(Session, "wrap", _forgets_what_it_sends),
+    "session: nothing is acknowledged by count": Mutant(Session, "acknowledged", _nothing),
+    "driver: a lost node's tasks are forgotten": _around(ClusterPort, "_lose", _loses_without_telling),
+    "driver: a broken connection is a lost node": _around(ClusterPort, "_on_broken", _gives_up_at_once, BRIEF),
+    "driver: a lost node is not dismissed": Mutant(Client, "dismiss", _nothing),
+    "driver: silence is never noticed": Mutant(client_module, "SILENT_AFTER_S", 1e9),
+    "driver: a lost node is avoided for ever": Mutant(remote_module, "AVOID_S", 1e9),
+    "driver: a connection that only the node has seen end is kept": Mutant(ClusterPort, "_on_linked", _nothing, BRIEF),
+    "driver: waiting for a connection is no waiting": Mutant(ClusterPort, "_until_due", _turns_without_pause),
+    "driver: its own stop is the silence of others": Mutant(client_module, "STOPPED_AFTER_S", 1e9, BRIEF),
+    "driver: placements are not followed": Mutant(ClusterPort, "_on_placed", _nothing),
+    "dispatch: reported tasks of a lost node run again": Mutant(Dispatch, "node_lost", _requeues_reported),
+    "dispatch: a lost node's tasks are not queued": Mutant(
+        Dispatch, "node_lost", lambda self, number: self.inflight.pop(number, None) and []),
+    "dispatch: what a worker did not run is forgotten": _around(Dispatch, "done", _forgets_the_rest),
+    "dispatch: lost batches are not queued": Mutant(Dispatch, "lost", _nothing),
+    "dispatch: a task may be lost for ever": Mutant(
+        Dispatch, "node_lost", lambda self, number: self.lost(number) or []),
+    "dispatch: deaths are not reported": _around(
+        Dispatch, "died", lambda original, self, *args: original(self, *args) and None),
+    "node: nothing is ever lost": Mutant(Ledger, "lost", lambda self, claimed, unread, now: self._suspects.clear()
+                                         or []),
+    "node: one look is enough to take a batch for lost": _around(Ledger, "lost", _looks_once, DEATHS),
+    "node: what is in the socket is lost": Mutant(Ledger, "lost", _loses_what_waits),
+    "node: deaths are not told": _around(Agent, "_post", _does_not_say_died),
+    "node: does not send again": _around(Agent, "_on_connection", _does_not_resend),
+    "node: parts of the gone are kept": Mutant(Agent, "_look_around", _keeps_parts),
+    "node: the driver's lease is too short": Mutant(agent_module, "DRIVER_LEASE_S", 3.0, BRIEF),
+    "node: what is taken back runs as well": _around(Agent, "_steal", _steals_twice),
+    "node: what waits is not handed over": _around(Agent, "_on_part", _hands_over_once),
+    "head: nobody is ever gone": Mutant(Membership, "tick", _places_on_the_gone),
+    "head: placements are said once": _around(Membership, "_place", _says_placements_once, BRIEF),
+}
