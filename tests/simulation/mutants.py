@@ -6,6 +6,7 @@ running.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -141,8 +142,10 @@ def _does_not_say_died(original: Callable[..., Any], self: Agent, part: Any, mes
 
 
 def _steals_twice(original: Callable[..., Any], self: Agent, part: Any, workers: Any, batch: int) -> None:
+    # The descriptors of what stays are its own: the agent closes those of what it has taken back.
     with mock.patch.object(Ledger, "take_back", lambda ledger, number: next(
-            (message for one, _, message in ledger.waiting if one == number), None)):
+            ((body, list(map(os.dup, descriptors))) for one, _, (body, descriptors) in ledger.waiting
+             if one == number), None)):
         original(self, part, workers, batch)
 
 
