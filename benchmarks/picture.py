@@ -28,6 +28,7 @@ FAMILIES = {
     "asyncio": "asyncio",
     "joblib": "joblib",
     "store": "Object store",
+    "cluster": "Pool on two nodes, encrypted, beside the local stdlib",
 }
 # Colours that stand out on white and on near-black alike; shapes for those who see the colours alike.
 MARKS = {

@@ -9,6 +9,9 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
@@ -20,6 +23,7 @@ WORKERS = 2
 POOLS = ("dpool", "stdlib", "stdlib-spawn", "loky", "mpire", "ray", "dask")
 EXECUTORS = ("dpool", "stdlib", "stdlib-spawn", "loky", "dask")
 ASYNCIO = ("dpool", "stdlib", "loky", "dask")
+CLUSTERS = ("dpool", "stdlib", "ray", "dask")
 JOBLIB = ("dpool", "loky", "multiprocessing", "dask", "ray")
 
 # The package whose presence says that a peer can be measured. What is not listed is always there.
@@ -152,6 +156,76 @@ def open_pool(target: str) -> Iterator[BenchPool]:
         raise CannotDo(f"{target} has no Pool")
 
 
+@contextmanager
+def open_cluster_pool(target: str) -> Iterator[BenchPool]:
+    """A pool of WORKERS processes on a cluster of two nodes that are processes of this machine, linked by TCP,
+    encrypted where the target can. The stdlib's is its local one, as a measure."""
+    if target == "dpool":
+        with _dpool_cluster():
+            pool = attribute("Pool", module("dpool.multiprocessing"))(WORKERS)
+            with pool:
+                yield _StdlibShaped(pool)
+            pool.join()
+    elif target == "ray":
+        with _ray_cluster():
+            pool = module("ray.util.multiprocessing").Pool(WORKERS)
+            yield _StdlibShaped(pool)
+            pool.terminate()
+    elif target == "dask":
+        security = module("distributed").Security.temporary()
+        with _dask(protocol="tls", security=security) as client, client.get_executor() as executor:
+            yield _OverExecutor(executor)
+    else:
+        with open_pool(target) as local:
+            yield local
+
+
+@contextmanager
+def _dpool_cluster() -> Iterator[None]:
+    """A head and two nodes, in use by this process."""
+    module("dpool.cluster_engine")
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder, ExitStack() as opened:
+        key = os.path.join(folder, "key")
+        environment = os.environ | {"DPOOL_KEY_FILE": key, "PYTHONPATH": os.getcwd()}
+
+        def start(*arguments: str) -> subprocess.Popen[str]:
+            process = subprocess.Popen([sys.executable, "-m", "dpool", *arguments], env=environment, text=True,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            opened.callback(process.communicate)
+            opened.callback(process.terminate)
+            return process
+
+        keygen = [sys.executable, "-m", "dpool", "keygen", key]
+        subprocess.run(keygen, env=environment, check=True, capture_output=True)
+        head = start("head", "--bind", "tcp://127.0.0.1:0")
+        assert head.stdout is not None
+        address = head.stdout.readline().split()[3]
+        for _ in range(WORKERS):
+            node = start("node", address, "--cpus", "1")
+            assert node.stderr is not None
+            node.stderr.readline()  # it has joined
+        session = module("dpool.session")
+        session.init(address, key)
+        opened.callback(session.use, None)
+        opened.callback(session.current().close)
+        yield
+
+
+@contextmanager
+def _ray_cluster() -> Iterator[None]:
+    _prepare_ray()
+    ray = module("ray")
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 1 << 30}
+    cluster = module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=head)
+    try:
+        cluster.add_node(num_cpus=WORKERS - 1, object_store_memory=1 << 30)
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield
+        ray.shutdown()
+    finally:
+        cluster.shutdown()
+
+
 def start_pool(package: str, method: str) -> Any:
     """A Pool from `package` with this start method: what a program writes, with no wrapper around it."""
     pool = attribute("Pool", module(f"{package}.pool"))
@@ -194,12 +268,16 @@ def joblib_backend(target: str) -> Iterator[Callable[[], Any]]:
         yield joblib.Parallel
 
 
-@contextmanager
-def _ray() -> Iterator[ModuleType]:
+def _prepare_ray() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     # Tasks are functions of this package, and Ray's workers start elsewhere.
     os.environ["PYTHONPATH"] = os.getcwd()
+
+
+@contextmanager
+def _ray() -> Iterator[ModuleType]:
+    _prepare_ray()
     ray = module("ray")
     ray.init(
         num_cpus=WORKERS,
@@ -222,7 +300,7 @@ def open_ray() -> Iterator[ModuleType]:
 
 
 @contextmanager
-def _dask() -> Iterator[Any]:
+def _dask(**options: Any) -> Iterator[Any]:
     distributed = module("distributed")
     with (
         distributed.LocalCluster(
@@ -232,6 +310,7 @@ def _dask() -> Iterator[Any]:
             dashboard_address=None,
             host="127.0.0.1",
             silence_logs=50,
+            **options,
         ) as cluster,
         distributed.Client(cluster) as client,
     ):

@@ -180,6 +180,7 @@ class Gate:
             os.mkfifo(path)
         self.args = (paths[0], paths[1])
         self._ends = [os.open(path, os.O_RDWR) for path in paths]
+        self.told = self._ends[0]  # a line for each task that has come to it
         self._opened = False
 
     def open(self, count: int = 1) -> None:

@@ -83,6 +83,21 @@ def _command_line(pid: int) -> str:
         return "?"
 
 
+def read_line(descriptor: int) -> str:
+    """The next line of a pipe, or what comes before its end; no byte more. Only a hang takes PATIENCE_S."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    deadline = time.monotonic() + PATIENCE_S
+    line = b""
+    while not line.endswith(b"\n"):
+        assert poll.poll(max(deadline - time.monotonic(), 0) * 1000), f"nothing comes after {line!r}"
+        byte = os.read(descriptor, 1)
+        if not byte:
+            break
+        line += byte
+    return line.decode()
+
+
 def children() -> set[int]:
     """The children of this process, zombies included, but for multiprocessing's own two services."""
     found: set[int] = set()

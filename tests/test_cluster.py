@@ -21,6 +21,7 @@ import deeds
 import numpy as np
 import pytest
 from clusters import Cluster, Driver, children_of, until, until_as_before, workers_of
+from leftovers import read_line
 
 import dpool
 from dpool.cluster.driver import remote
@@ -181,6 +182,16 @@ def test_a_long_task_holds_up_no_result_that_is_there(driver: Cluster, tmp_path:
         assert [results.next(60) for _ in range(100)] == ["short"] * 100
         gate.open()
         assert sorted(results) == ["open"] + ["short"] * 300
+
+
+def test_what_waits_on_one_node_goes_to_idle_workers_of_another(driver: Cluster, tmp_path: Path) -> None:
+    """Workers that are started on demand: the first one's node gets tasks before the others' have any."""
+    with deeds.Gate(tmp_path) as gate, ProcessPoolExecutor(4, mp_context=get_context("spawn")) as executor:
+        futures = [executor.submit(deeds.pass_gate, *gate.args) for _ in range(4)]
+        told = {read_line(gate.told) for _ in range(4)}  # all of them run at the same time
+        gate.open(4)
+        assert [future.result(60) for future in futures] == ["open"] * 4
+        assert len(told) == 4
 
 
 def test_maxtasksperchild(driver: Cluster) -> None:

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -22,7 +21,7 @@ from typing import Any
 
 import deeds
 import pytest
-from leftovers import GONE_S, MARK, PATIENCE_S, Census, Watched, marked, new_mark
+from leftovers import GONE_S, MARK, PATIENCE_S, Census, Watched, marked, new_mark, read_line
 
 from dpool.errors import ForeignProcess, GroupBroken, GroupTerminated, RemoteError, WorkerDied
 from dpool.multiprocessing.pool import Pool
@@ -87,21 +86,6 @@ def fate(pool: Pool, function: Callable[..., Any], *args: object) -> BaseExcepti
 def make_fifo(path: Path) -> str:
     os.mkfifo(path)
     return str(path)
-
-
-def read_line(descriptor: int) -> str:
-    """The next line of a pipe, or what comes before its end; no byte more. Only a hang takes PATIENCE_S."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    deadline = time.monotonic() + PATIENCE_S
-    line = b""
-    while not line.endswith(b"\n"):
-        assert poll.poll(max(deadline - time.monotonic(), 0) * 1000), f"nothing comes after {line!r}"
-        byte = os.read(descriptor, 1)
-        if not byte:
-            break
-        line += byte
-    return line.decode()
 
 
 @contextmanager

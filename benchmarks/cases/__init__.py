@@ -3,5 +3,5 @@
 They never start processes of their own or print: the runner does. Loaded by registry.load_cases().
 """
 
-FILES = ("pool", "large", "start", "executor", "joblib", "store")
+FILES = ("pool", "large", "start", "executor", "joblib", "store", "cluster")
 """In the order in which they are run and shown."""

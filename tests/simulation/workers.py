@@ -160,6 +160,15 @@ class SimWorkers:
     def unread(self) -> bool:
         return bool(self._socket)
 
+    def take_unread(self) -> int | None:
+        if not self._socket:
+            return None
+        data, descriptors = self._socket.popleft()
+        self._bytes -= len(data)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return int(frames.TASKS.unpack_from(data)[4])
+
     def steal(self, number: int) -> int:
         slot = self.claimed().get(number)
         if slot is None:

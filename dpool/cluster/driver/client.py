@@ -28,6 +28,9 @@ STATE_EVERY_S = 1.0
 SILENT_AFTER_S = 10.0
 # A turn takes a second at most. If one has taken so long, this process was stopped: that time is no silence of others.
 STOPPED_AFTER_S = 3.0
+# A connection for the pulse that is not there after so long is given up for another one. Less than a node waits for a
+# driver whose connection has ended (BROKEN_AFTER_S there), more than a slow network takes.
+CONNECT_AGAIN_AFTER_S = 2.5
 # How long a node that was lost is told that its session is over; after that time it has ended it by itself.
 DISMISS_WITHIN_S = 70.0
 # How long leaving the cluster may take.
@@ -56,14 +59,15 @@ class Standing:
 class Pulse:
     """The exchange with one node about one session. The callbacks are called by the client's thread."""
 
-    __slots__ = ("session", "address", "dialer", "echoed_at", "received", "on_echo", "on_lost", "dismissed_at")
+    __slots__ = ("session", "address", "dialer", "echoed_at", "received", "on_echo", "on_lost", "dismissed_at",
+                 "dialed_at")
 
     def __init__(self, session: bytes, address: str, received: Callable[[], int], on_echo: Callable[[int, bool], None],
                  on_lost: Callable[[str], None], now: float) -> None:
         self.session = session
         self.address = address
         self.dialer: Dialer | None = None
-        self.echoed_at = now
+        self.echoed_at = self.dialed_at = now
         self.received = received
         self.on_echo = on_echo
         self.on_lost = on_lost
@@ -258,6 +262,7 @@ class Client:
 
     def _dial(self, pulse: Pulse) -> None:
         dialer = pulse.dialer = self.around.dialer(DRIVER, AGENT, pulse.address)
+        pulse.dialed_at = self.around.now()
         self._waker.add(dialer.descriptors)
         self._beat_one(pulse)
 
@@ -268,7 +273,8 @@ class Client:
             elif now - pulse.echoed_at > SILENT_AFTER_S and pulse.dismissed_at is None:
                 self._dismiss(pulse)
                 pulse.on_lost(f"it has not answered for {SILENT_AFTER_S:.0f} s")
-            elif pulse.dialer is not None and pulse.dialer.broken:
+            elif pulse.dialer is not None and (pulse.dialer.broken or (
+                    not pulse.dialer.connected and now - pulse.dialed_at > CONNECT_AGAIN_AFTER_S)):
                 self._undial(pulse)
                 self._dial(pulse)
             else:

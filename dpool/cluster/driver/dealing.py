@@ -1,4 +1,4 @@
-"""Decides which node of a group gets the next batch: the one with the fewest a worker.
+"""Decides which node of a group gets the next batch: the one with the fewest a worker; and which has too many.
 
 Counts only, and takes the time of a heap's step for each change, however many nodes there are. Sends nothing. Called by
 driver/remote.py, under its lock.
@@ -17,6 +17,8 @@ class Dealing(Generic[Node]):
 
     def __init__(self) -> None:
         self._loads: dict[Node, float] = {}
+        self._counts: dict[Node, tuple[int, int]] = {}  # batches and workers
+        self._surplus: dict[Node, None] = {}  # those with more batches than workers
         # What was true once: entries that differ from _loads are passed over. Among equals the one that has waited
         # longest comes first.
         self._heap: list[tuple[float, int, Node]] = []
@@ -26,7 +28,14 @@ class Dealing(Generic[Node]):
         """A node has so many batches and workers now; without workers it gets none."""
         if not workers:
             self._loads.pop(node, None)
+            self._counts.pop(node, None)
+            self._surplus.pop(node, None)
             return
+        self._counts[node] = (batches, workers)
+        if batches > workers:
+            self._surplus[node] = None
+        else:
+            self._surplus.pop(node, None)
         load = batches / workers
         if self._loads.get(node) == load:
             return
@@ -47,6 +56,22 @@ class Dealing(Generic[Node]):
             heapq.heappop(heap)
         return None
 
+    def uneven(self) -> tuple[Node, int] | None:
+        """A node on which batches wait while workers of another idle, and how many of them; None if there is none."""
+        if not self._surplus:
+            return None
+        least = self.next()
+        assert least is not None
+        batches, workers = self._counts[least]
+        idle = workers - batches
+        if idle <= 0:
+            return None
+        node = next(iter(self._surplus))
+        batches, workers = self._counts[node]
+        return node, min(batches - workers, idle)
+
     def validate(self) -> None:
         """Raise AssertionError unless every node can be found. For tests."""
+        assert self._loads == {node: batches / workers for node, (batches, workers) in self._counts.items()}
+        assert set(self._surplus) == {node for node, (batches, workers) in self._counts.items() if batches > workers}
         assert {(node, load) for node, load in self._loads.items()} <= {(node, load) for load, _, node in self._heap}

@@ -41,10 +41,17 @@ FIRST_WORKER_WITHIN_S = 5.0
 # has ended; one that cannot be reached may be back.
 RESUME_WITHIN_S = 5.0
 RETRY_S = 0.1
+# A first connection that is not answered for so long may have ended for the node alone: another one is tried.
+ANSWER_WITHIN_S = 3.0
 # A node that was lost is not asked again for so long.
 AVOID_S = 15.0
 # A group without any worker waits so long for nodes to come.
 REPLACE_WITHIN_S = 60.0
+# Batches wait on one node while workers of another idle: after this time they are asked back. Longer: fewer are asked
+# back that would have been begun meanwhile. Shorter: workers idle less.
+UNEVEN_FOR_S = 0.01
+# And again after this time if none came.
+UNEVEN_AGAIN_S = 0.5
 # Functions and objects that a node keeps for a group, so that they travel once.
 MAX_KEPT = 64
 MAX_KEPT_OBJECTS = 1024
@@ -103,7 +110,7 @@ class Node:
         self.dialer: Dialer | None = None
         self.resumed = False  # the connection carries the session
         self.broken_at: float | None = None
-        self.retry_at = 0.0
+        self.retry_at = self.dialed_at = 0.0
         self.refusals = 0
         self.unlinked = 0  # echoes in a row that say that the node has no connection
         self.opened = self.watched = False
@@ -116,6 +123,7 @@ class Node:
         self.functions: OrderedDict[int, None] = OrderedDict()
         self.objects: OrderedDict[bytes, None] = OrderedDict()
         self.stealing: set[int] = set()
+        self.asked_back = False  # an answer to GiveBack is to come
         self.stopping: set[tuple[int, int]] = set()
         self.first_slot = 0  # added to the node's own number of a slot, so that no two workers of a group have the same
         self.demanded = 0
@@ -172,6 +180,7 @@ class ClusterPort:
         self._first_number = 0
         self._closing = self._killed = self._closed = False
         self._empty_since: float | None = None
+        self._level_at: float | None = None  # when to have batches given back, if they are dealt unevenly still
         self._open_until = 0.0
         self._initializer = self._pack_initializer(spec)
         self._prefix = _name_prefix(spec)
@@ -292,6 +301,7 @@ class ClusterPort:
         node.dialer = dialer = self.client.around.dialer(DRIVER, AGENT, node.addresses[0])
         node.resumed = False
         node.unlinked = 0
+        node.dialed_at = self._now()
         for descriptor in dialer.descriptors:
             self._by_descriptor[descriptor] = node
         self._waker.add(dialer.descriptors)
@@ -485,8 +495,12 @@ class ClusterPort:
         waiting = [node.retry_at if node.dialer is None else node.broken_at + RESUME_WITHIN_S
                    for node in self._ailing if node.broken_at is not None]
         waiting += [node.open_until for node in self._ailing if not node.opened]
+        waiting += [node.dialed_at + ANSWER_WITHIN_S for node in self._ailing
+                    if node.broken_at is None and not node.resumed]
         if self._empty_since is not None:
             waiting.append(self._empty_since + REPLACE_WITHIN_S)
+        if self._level_at is not None:
+            waiting.append(self._level_at)
         if self._avoid:
             waiting.append(min(self._avoid.values()))
         if not waiting:
@@ -592,6 +606,12 @@ class ClusterPort:
         elif isinstance(message, messages.Lost):
             self._settle(message.batch)
             events.append((LOST, message.batch, []))
+        elif isinstance(message, messages.GivenBack):
+            node.asked_back = False
+            self._level_at = self._now() + (UNEVEN_FOR_S if message.batches else UNEVEN_AGAIN_S)
+            for batch in message.batches:
+                self._settle(batch)
+                events.append((LOST, batch, []))
         elif isinstance(message, messages.Stolen):
             node.stealing.discard(message.batch)
             if message.count:
@@ -681,11 +701,16 @@ class ClusterPort:
             if node.broken_at is None:
                 if node.opened:
                     del self._ailing[node]
-                continue
+                    continue
+                if node.resumed or now < node.dialed_at + ANSWER_WITHIN_S:
+                    continue
+                self._undial(node)
+                node.broken_at = node.retry_at = now
             if now >= node.broken_at + RESUME_WITHIN_S:
                 self._lose(node, "its connection is broken and cannot be made again", events)
             elif node.dialer is None and now >= node.retry_at:
                 self._dial(node)
+        self._level(now)
         if self._avoid and now >= min(self._avoid.values()):
             self._tell_head()  # that the node may serve again
         if self._empty_since is not None and now >= self._empty_since + REPLACE_WITHIN_S:
@@ -693,6 +718,20 @@ class ClusterPort:
             events.append((HOPELESS, ClusterError(
                 f"every node of this group was lost, and the cluster at {self.client.address} has had no other for "
                 f"{REPLACE_WITHIN_S:.0f} s"), []))
+
+    def _level(self, now: float) -> None:
+        """Have batches given back that wait on one node while workers of another have none."""
+        with self._lock:
+            uneven = self._dealing.uneven()
+        if uneven is None or uneven[0].asked_back:
+            self._level_at = None
+        elif self._level_at is None:
+            self._level_at = now + UNEVEN_FOR_S
+        elif now >= self._level_at:
+            self._level_at = None
+            node, count = uneven
+            node.asked_back = True
+            self._leave(node, messages.GiveBack(count))
 
     def _work_inbox(self, events: list[tuple[int, Any, list[int]]]) -> None:
         while self._inbox:

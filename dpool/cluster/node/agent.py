@@ -385,6 +385,8 @@ class Agent:
             self._start(part, workers, before)
         elif isinstance(message, messages.Steal):
             self._steal(part, workers, message.batch)
+        elif isinstance(message, messages.GiveBack):
+            self._give_back(part, workers, message.count)
         elif isinstance(message, messages.Stop):
             part.stops.add((message.batch, message.task))
             self._stop_tasks(part, workers)
@@ -484,6 +486,19 @@ class Agent:
             self._post(part, messages.Lost(batch))
             return
         self._post(part, messages.Stolen(batch, workers.steal(batch)))
+
+    def _give_back(self, part: Part, workers: Workers, count: int) -> None:
+        """Batches that no worker has taken: what waits here first, then what is in the socket."""
+        given: list[int] = []
+        while len(given) < count and part.ledger.waiting:
+            number, _, (_, descriptors) = part.ledger.waiting.pop()
+            for descriptor in descriptors:
+                os.close(descriptor)
+            given.append(number)
+        while len(given) < count and (taken := workers.take_unread()) is not None:
+            part.ledger.taken(taken)
+            given.append(taken)
+        self._post(part, messages.GivenBack(given))
 
     def _stop_tasks(self, part: Part, workers: Workers) -> None:
         """End the workers that are in a task to be stopped. One that is still to be begun is looked at again."""

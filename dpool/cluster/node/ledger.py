@@ -46,6 +46,11 @@ class Ledger(Generic[Message]):
                 return message
         return None
 
+    def taken(self, batch: int) -> None:
+        """A batch was taken from the socket before a worker had it."""
+        self.handed.pop(batch, None)
+        self._acquit(batch)
+
     def reported(self, batch: int, count: int, done: bool) -> None:
         """A worker has reported so many tasks, and perhaps left the batch."""
         self.tasks_done += count

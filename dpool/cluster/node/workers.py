@@ -366,6 +366,17 @@ class Workers:
         fcntl.ioctl(self._tasks_end, termios.FIONREAD, waiting)
         return waiting[0] > 0
 
+    def take_unread(self) -> int | None:
+        """Take the next message from the socket, as a worker would; the number of its batch. None if there is none."""
+        try:
+            header, descriptors, _, _ = socket.recv_fds(self._tasks_end, frames.TASKS.size, frames.MAX_DESCRIPTORS + 2,
+                                                        socket.MSG_DONTWAIT)
+        except OSError:
+            return None
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return int(frames.TASKS.unpack(header)[4]) if header else None
+
     def steal(self, number: int) -> int:
         """Take the unbegun tasks of a batch from its worker; how many, counted from the batch's end. 0 if it is in no
         worker, or if the worker left it meanwhile: then its report of what it ran tells what was taken. The worker is

@@ -246,6 +246,12 @@ class Steal(Message, frozen=True):
     batch: Number
 
 
+class GiveBack(Message, frozen=True):
+    """Give back up to so many batches that no worker has taken: others have none."""
+
+    count: Count
+
+
 class Stop(Message, frozen=True):
     """End the worker that runs this task of this batch, as soon as one does."""
 
@@ -351,6 +357,12 @@ class Lost(Message, frozen=True):
     batch: Number
 
 
+class GivenBack(Message, frozen=True):
+    """The answer to GiveBack: these will not run here."""
+
+    batches: Annotated[list[Number], Meta(max_length=1 << 16)]
+
+
 class Stolen(Message, frozen=True):
     """The last `count` tasks of the batch were not begun and will not be."""
 
@@ -390,9 +402,9 @@ def digest_of(answer: bytes) -> bytes:
 
 ToHead = NodeState | DriverState | Ask | StopCluster | Leaving
 FromHead = Welcome | Refused | Placed | Report | StopCluster
-ToNode = (Open | Resume | Pulse | Demand | Steal | Stop | CloseTasks | Kill | Signal | Forget | ForgetObjects | Bye
-          | Found)
-FromNode = (Opened | Failed | Gone | Resumed | Pulse | Started | Died | Lost | Stolen | Output | Wanted)
+ToNode = (Open | Resume | Pulse | Demand | Steal | GiveBack | Stop | CloseTasks | Kill | Signal | Forget
+          | ForgetObjects | Bye | Found)
+FromNode = (Opened | Failed | Gone | Resumed | Pulse | Started | Died | Lost | GivenBack | Stolen | Output | Wanted)
 
 encode = msgspec.msgpack.Encoder().encode
 to_head = msgspec.msgpack.Decoder(ToHead)
