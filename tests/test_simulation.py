@@ -23,7 +23,8 @@ SHARES = 8
 # Within so many histories each mutant must be caught.
 CAUGHT_WITHIN = 150
 # Where to begin, for those that are seldom noticed.
-FIRST = {"driver: a lost node is not dismissed": 280}
+FIRST = {"driver: a lost node is not dismissed": 940, "node: does not send again": 185,
+         "driver: a connection that only the node has seen end is kept": 185}
 # Seeds that notice a bug that dpool once had, their kind, and what it was.
 OLD = {
     (0, BRIEF): "a driver that was stopped for ten seconds gave up all its nodes",
