@@ -284,11 +284,7 @@ class Workers:
                 views, _CONTROL_BYTES, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return None
-        descriptors = []
-        if control:
-            data = control[0][2]
-            descriptors = [int.from_bytes(data[i:i + 4], "little") for i in range(0, len(data) - 3, 4)]
-        return MESSAGE, views[0][:size], descriptors
+        return MESSAGE, views[0][:size], _descriptors(control) if control else []
 
     # -- deaths
 
@@ -369,11 +365,11 @@ class Workers:
     def take_unread(self) -> int | None:
         """Take the next message from the socket, as a worker would; the number of its batch. None if there is none."""
         try:
-            header, descriptors, _, _ = socket.recv_fds(self._tasks_end, frames.TASKS.size, frames.MAX_DESCRIPTORS + 2,
-                                                        socket.MSG_DONTWAIT)
+            header, control, _, _ = self._tasks_end.recvmsg(frames.TASKS.size, _CONTROL_BYTES,
+                                                            socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
         except OSError:
             return None
-        for descriptor in descriptors:
+        for descriptor in _descriptors(control):
             os.close(descriptor)
         return int(frames.TASKS.unpack(header)[4]) if header else None
 
@@ -442,6 +438,11 @@ class Workers:
             self._initializer.close()
             if self._grant is not None:
                 self._grant.give_back()
+
+
+def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
+    """Those that came beside a message."""
+    return [int.from_bytes(data[i:i + 4], "little") for _, _, data in control for i in range(0, len(data) - 3, 4)]
 
 
 @contextmanager
