@@ -112,6 +112,7 @@ class Node:
         self.broken_at: float | None = None
         self.retry_at = self.dialed_at = 0.0
         self.refusals = 0
+        self.attempts = 0  # connections so far
         self.unlinked = 0  # echoes in a row that say that the node has no connection
         self.opened = self.watched = False
         self.open_until = now + OPEN_TIMEOUT_S
@@ -302,10 +303,12 @@ class ClusterPort:
         node.resumed = False
         node.unlinked = 0
         node.dialed_at = self._now()
+        node.attempts += 1
         for descriptor in dialer.descriptors:
             self._by_descriptor[descriptor] = node
         self._waker.add(dialer.descriptors)
-        self._connection_message(node, messages.Resume(node.key, node.session.received, not node.opened))
+        self._connection_message(node, messages.Resume(node.key, node.session.received, not node.opened,
+                                                      node.attempts))
         self._stirred[node] = None
 
     def _undial(self, node: Node, linger_ms: int = 0) -> None:

@@ -60,6 +60,7 @@ class Part:
         self.id = session
         self.session = sessions.Session()
         self.peer: bytes | None = None
+        self.attempt = 0  # which of the session's connections that is
         self.gone_at = now + DRIVER_LEASE_S
         self.arrivals = Arrivals()
         self.functions: dict[int, int] = {}  # number -> the descriptor of its segment
@@ -295,6 +296,9 @@ class Agent:
                     self._answer(peer, messages.Gone(message.session))
                     return
                 part = self._parts[message.session] = Part(message.session, now, self._library)
+            if message.attempt < part.attempt:
+                return  # read after the one of the connection that has replaced this one
+            part.attempt = message.attempt
             if part.peer is not None:
                 self._by_peer.pop(part.peer, None)
             part.peer = peer
@@ -302,8 +306,7 @@ class Agent:
             part.gone_at = now + DRIVER_LEASE_S
             again = part.session.resume(message.received)
             if not self._answer(peer, messages.Resumed(message.session, part.session.received)):
-                # An earlier connection, whose message was read after that of the one that has replaced it.
-                self._on_broken(peer, now)
+                self._on_broken(peer, now)  # it has ended since
             for resent in again:
                 self._listener.send(peer, resent)
         elif isinstance(message, messages.Bye):

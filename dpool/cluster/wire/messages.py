@@ -218,11 +218,13 @@ class Open(Message, frozen=True):
 
 class Resume(Message, frozen=True):
     """The first message on a connection: which session it carries, and what of it I have received. `new`: the node
-    has not answered yet, so it may never have heard of the session."""
+    has not answered yet, so it may never have heard of the session. `attempt` counts the session's connections: what
+    comes on an earlier one, after that on a later one, is old."""
 
     session: Id
     received: Number
     new: bool = False
+    attempt: Number = 0
 
 
 class Pulse(Message, frozen=True):
