@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor as StdlibExecutor
 from concurrent.futures import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deeds
 import numpy as np
@@ -24,6 +24,7 @@ from clusters import Cluster, Driver, children_of, until, until_as_before, worke
 from leftovers import read_line
 
 import dpool
+from dpool import session
 from dpool.cluster.driver import remote
 from dpool.cluster.store.transfer import pieces
 from dpool.concurrent.futures import ProcessPoolExecutor
@@ -423,6 +424,9 @@ def test_an_object_travels_once_to_each_node(driver: Cluster, monkeypatch: pytes
 def test_an_object_is_freed_on_the_nodes_when_the_driver_frees_it(driver: Cluster) -> None:
     ref = dpool.put(np.zeros(1 << 20))
     with Pool(2) as pool:
+        pulses: Any = cast(Any, session.current())._client._pulses
+        until(lambda: len(pulses) == 2 and all(pulse.dialer.connected for pulse in list(pulses.values())),
+              "the pulse has its connections")
         before = [node.descriptors() for node in driver.nodes]
         assert pool.starmap(sum_of, [(ref,)] * 8, chunksize=1) == [0.0] * 8
         assert any(node.descriptors() != had for node, had in zip(driver.nodes, before, strict=True))
