@@ -5,6 +5,7 @@ Composes the two roles and keeps the list of open groups; used by session.py, th
 
 from __future__ import annotations
 
+import os
 import threading
 
 from dpool.cluster.driver.group import Group
@@ -19,13 +20,17 @@ if TYPE_CHECKING:
     from dpool.resources import Stock
 
 _looking = threading.Lock()
+os.register_at_fork(after_in_child=lambda: globals().update(_looking=threading.Lock()))
 
 
 class EmbeddedEngine:
     """Opens groups whose workers are children of this process; implements dpool.engine.Engine."""
 
     def __init__(self) -> None:
-        self._stock: Stock | None = None  # this machine's, looked at by the first group that needs some of it
+        # This machine's, looked at by the first group that needs some of it. A forked child looks anew: a worker has
+        # what it was given.
+        self._stock: Stock | None = None
+        self._pid = 0  # whose stock that is
 
     def open_group(self, spec: GroupSpec) -> Group:
         """Start the workers, unless they are to be started on demand. Raises what starting the first one raises, and
@@ -46,11 +51,12 @@ class EmbeddedEngine:
         return room(machine.total, machine.used, needs)
 
     def _machine(self) -> Stock:
-        if self._stock is None:
+        if self._stock is None or self._pid != os.getpid():
             from dpool.cluster.node import machine
 
             with _looking:
-                self._stock = self._stock or machine.stock()
+                if self._stock is None or self._pid != os.getpid():
+                    self._stock, self._pid = machine.stock(), os.getpid()
         return self._stock
 
     def close(self) -> None:

@@ -68,7 +68,24 @@ def _set(engine: Any) -> None:
     _engine, _pid = engine, os.getpid()
 
 
+# The variables that mean something to dpool.
+_VARIABLES = ("DPOOL_ADDRESS", "DPOOL_KEY", "DPOOL_KEY_FILE", "DPOOL_OBJECT_MEMORY", "DPOOL_SPILL_DIR",
+              "DPOOL_RESOURCES")
+
+
+def _check_variables() -> None:
+    """Raise ValueError for a variable whose name is nearly one of dpool's: its writer would wait for its effect in
+    vain."""
+    for name in os.environ:
+        if name.startswith("DPOOL_") and name not in _VARIABLES:
+            from difflib import get_close_matches
+
+            if near := get_close_matches(name, _VARIABLES, 1, 0.85):
+                raise ValueError(f"dpool knows no environment variable {name}: did you mean {near[0]}?")
+
+
 def _make(address: str | None, key: str | os.PathLike[str] | None) -> Any:
+    _check_variables()
     if address is None:
         from dpool.embedded import EmbeddedEngine
 

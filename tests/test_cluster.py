@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -193,6 +194,17 @@ def test_what_waits_on_one_node_goes_to_idle_workers_of_another(driver: Cluster,
         gate.open(4)
         assert [future.result(60) for future in futures] == ["open"] * 4
         assert len(told) == 4
+
+
+def test_workers_have_the_signals_of_any_program_whatever_their_node_ignores(tmp_path: Path) -> None:
+    with Cluster(tmp_path, nodes=0) as cluster:
+        node = cluster.python("-c", "import signal, sys; from dpool.cli.main import main\n"
+                                    "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+                                    f"sys.exit(main(['node', {cluster.address!r}, '--cpus', '1']))")
+        cluster.nodes.append(node)
+        node.expect("joined")
+        with Driver(cluster), Pool(1) as pool:
+            assert pool.map(signal.getsignal, [signal.SIGHUP, signal.SIGTERM]) == [signal.SIG_DFL] * 2
 
 
 def test_maxtasksperchild(driver: Cluster) -> None:

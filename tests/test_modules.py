@@ -5,6 +5,7 @@ Each program is a process of its own, with a package in its directory that its n
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import subprocess
@@ -261,6 +262,24 @@ def test_what_is_not_answered(question: str) -> None:
     import deeds  # noqa: F401
 
     assert answer(question) is None
+
+
+def test_looking_at_a_module_runs_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy, such as a web framework's settings, may fail when it is asked what it is."""
+    (tmp_path / "with_proxy.py").write_text(dedent("""
+        class Proxy:
+            @property
+            def __class__(self):
+                raise LookupError("not set up yet")
+        settings = Proxy()
+        def f(): return 1
+    """))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with_proxy = importlib.import_module("with_proxy")
+    found = answer("with_proxy")
+    assert found is not None and b"settings" in found
+    assert with_proxy.f() == 1
+    del sys.modules["with_proxy"]
 
 
 def test_what_is_installed_is_refused() -> None:

@@ -26,6 +26,8 @@ import pytest
 from leftovers import PATIENCE_S, Census, Watched
 
 import dpool.multiprocessing
+from dpool import session
+from dpool.cluster.worker.main import _is_plain
 from dpool.errors import GroupTerminated
 from dpool.multiprocessing.pool import Pool
 
@@ -294,6 +296,16 @@ def test_results_before_a_long_task_come_also_when_no_worker_idles(method: str, 
         assert [results.next(PATIENCE_S) for _ in range(100)] == ["short"] * 100
         gate.open()
         assert sorted(results) == ["open"] + ["short"] * 300
+
+
+def test_only_what_runs_no_code_is_sent_in_the_midst_of_another_task() -> None:
+    numpy = pytest.importorskip("numpy")
+    for plain in (None, 1, "a", b"b", [1, (2.5, {"a": {3}})], numpy.zeros(3), [numpy.zeros(2)]):
+        assert _is_plain(plain)
+    deep: list[Any] = [[[[[[]]]]]]
+    for other in (object(), [object()], {1: object()}, range(3), deep, [0] * 2000, numpy.array([object()]),
+                  dpool.put(1), ValueError(), multiprocessing.Lock()):
+        assert not _is_plain(other)
 
 
 def test_only_its_own_chunk_waits_for_a_long_task(pool: Pool, tmp_path: Path) -> None:
@@ -580,6 +592,22 @@ def test_a_pool_that_cannot_be(options: dict[str, Any], kind: Any, text: str) ->
         Pool(**options)
     gc.collect()
     census.check()
+
+
+def test_a_variable_that_is_misspelled_is_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 24 of bad input."""
+    before = session.use(None)
+    try:
+        monkeypatch.setenv("DPOOL_OF_ANOTHER_PROGRAM", "1")
+        monkeypatch.setenv("DPOOL_ADRESS", "tcp://head:7077")
+        with pytest.raises(ValueError, match="no environment variable DPOOL_ADRESS: did you mean DPOOL_ADDRESS?"):
+            Pool(1)
+        monkeypatch.delenv("DPOOL_ADRESS")
+        with Pool(1) as pool:
+            assert pool.apply(deeds.double, (2,)) == 4
+        pool.join()
+    finally:
+        session.use(before)
 
 
 def test_a_start_method_that_is_none() -> None:

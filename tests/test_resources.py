@@ -187,6 +187,30 @@ def test_each_worker_sees_its_own_gpu_also_after_another_has_died(gpus: None, me
     census.check()
 
 
+@pytest.mark.parametrize("visible_, gpus_, more, names", [
+    ("4,5", None, "", ["4", "5"]), ("4,5", 1, "", ["4"]), ("4,5", None, "gpus=1", ["4"]),
+    ("4,5", 3, "", ["0", "1", "2"]), ("", 2, "", ["0", "1"]), ("-1", None, "", [])])
+def test_gpus_have_the_names_that_this_process_sees(monkeypatch: pytest.MonkeyPatch, visible_: str, gpus_: int | None,
+                                                    more: str, names: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible_)
+    assert machine.stock(gpus_, more).gpus == names
+
+
+def nested(_: object) -> tuple[str | None, str | None]:
+    with Pool(1, resources={"gpu": 1}) as pool:
+        inner = pool.apply(visible)[1]
+    pool.join()
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), inner
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_pool_in_a_worker_has_the_workers_gpu(gpus: None, method: str) -> None:
+    with Pool(2, context=get_context(method), resources={"gpu": 1}) as pool:
+        found = pool.map(nested, range(6), 1)
+    pool.join()
+    assert all(own == inner and own in ("GPU-a", "GPU-b") for own, inner in found)
+
+
 def test_the_other_doors_take_resources_too(gpus: None) -> None:
     with ProcessPoolExecutor(2, resources={"gpu": 0.5}) as executor:
         assert executor.submit(visible).result(PATIENCE_S)[1] == "GPU-a"

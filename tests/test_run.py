@@ -322,6 +322,14 @@ def test_an_interpreter_may_stand_before_the_program(tmp_path: Path) -> None:
         assert (done.stdout, done.stderr) == (flagged, "")
 
 
+@pytest.mark.parametrize("options, at", [("-um", 2), ("-uEc", 3), ("-m", 1), ("-u", 0), ("-Wm", 0), ("-uXm", 0),
+                                         ("--check-hash-based-pycs", 0), ("-umodule", 2)])
+def test_options_that_stand_together(options: str, at: int) -> None:
+    from dpool.cli.run import _program_in
+
+    assert _program_in(options) == at
+
+
 def test_the_installed_command_runs_a_program_as_the_module_does(tmp_path: Path) -> None:
     write(tmp_path, "bin/dpool", "import sys\nfrom dpool.cli.main import main\nsys.exit(main())\n")
     for text in (dedent(LOOK), *ENDS.values()):

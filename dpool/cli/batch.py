@@ -51,7 +51,7 @@ def lead(job: Job) -> str:
     _make_key()
     bind, reach = _where(job)
     companion = subprocess.Popen(
-        [sys.executable, "-c", _in_package("from dpool.cli.batch import companion; companion(*sys.argv[1:])"),
+        [sys.executable, "-P", "-c", _in_package("from dpool.cli.batch import companion; companion(*sys.argv[1:])"),
          str(os.getpid()), bind, reach, str(job.cpus), str(job.size), str(OTHERS_WITHIN_S),
          str(_meeting_place(job))],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -170,10 +170,22 @@ def _flags(command: list[str]) -> tuple[list[str], list[str]]:
     while rest and rest[0].startswith("-") and rest[0] != "-" and rest[0][:2] not in ("-m", "-c"):
         if rest[0] == "--":
             return flags, rest[1:]
+        if at := _program_in(rest[0]):
+            return [*flags, rest[0][:at]], [f"-{rest[0][at:]}", *rest[1:]]
         flags.append(rest.pop(0))
         if flags[-1] in _VALUED and rest:
             flags.append(rest.pop(0))
     return flags, rest
+
+
+def _program_in(options: str) -> int:
+    """Where, in options that stand together, -m or -c begins the program (-um module); 0 if none does."""
+    for at, letter in enumerate(options):
+        if letter in "mc" and not options.startswith("--"):
+            return at
+        if letter in "WX":
+            break
+    return 0
 
 
 def _is_named_python(word: str) -> bool:

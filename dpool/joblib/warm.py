@@ -82,6 +82,8 @@ class Shelf:
             if self._at_exit is None:
                 # Before multiprocessing's own, which ends all children one by one.
                 self._at_exit = util.Finalize(None, self.clear, exitpriority=20)
+        if spec.resources and hasattr(engine, "cpus"):
+            self._end_idle()  # a cluster would wait for what they have
         try:
             group = engine.open_group(spec)
         except Lacking:

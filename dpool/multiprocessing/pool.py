@@ -113,6 +113,10 @@ class Pool(_stdlib.Pool):
         """How many workers there should be: without a number a cluster's group grows with its nodes."""
         return self._spec.processes
 
+    @_processes.setter
+    def _processes(self, processes: int) -> None:
+        self._spec.processes = processes
+
     def _repopulate_pool(self) -> None:
         self._group.maintain()  # type: ignore[attr-defined]
 

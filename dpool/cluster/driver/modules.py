@@ -35,10 +35,14 @@ def answer(question: str) -> bytes | None:
     parts = name.split(".")
     if not all(part.isidentifier() for part in parts) or parts[0] in sys.stdlib_module_names or parts[0] == "__main__":
         return None
-    spec = getattr(sys.modules.get(name), "__spec__", None) or _find(parts)
-    if spec is None:
+    try:
+        spec = getattr(sys.modules.get(name), "__spec__", None) or _find(parts)
+        if spec is None:
+            return None
+        return _data(spec, path) if is_data else _module(spec)
+    except Exception as error:  # a module may be anything; the worker's import fails, and nothing else
+        _warn(f"{name} cannot be sent to workers on other machines: {type(error).__name__}: {error}", name)
         return None
-    return _data(spec, path) if is_data else _module(spec)
 
 
 def _answer(content: bytes = b"", **header: Any) -> bytes:
@@ -142,9 +146,11 @@ def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
     """The functions of a module and of its classes that were written in its file."""
     file = getattr(module, "__file__", None)
     for value in list(vars(module).values()):
-        inside = list(vars(value).values()) if isinstance(value, type) and value.__module__ == module.__name__ else []
+        # By its type: isinstance() asks the value, and a proxy answers with code of its own.
+        own = issubclass(type(value), type) and value.__module__ == module.__name__
+        inside = list(vars(value).values()) if own else []
         for one in (value, *inside):
-            if isinstance(one, types.FunctionType) and one.__code__.co_filename == file:
+            if type(one) is types.FunctionType and one.__code__.co_filename == file:
                 yield one
 
 

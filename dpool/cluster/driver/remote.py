@@ -45,6 +45,8 @@ RETRY_S = 0.1
 ANSWER_WITHIN_S = 3.0
 # A node that was lost is not asked again for so long.
 AVOID_S = 15.0
+# One that has not the resources now, perhaps because it still has what a program that has died had.
+LACKING_AVOID_S = 2.0
 # A group without any worker waits so long for nodes to come.
 REPLACE_WITHIN_S = 60.0
 # Batches wait on one node while workers of another idle: after this time they are asked back. Longer: fewer are asked
@@ -623,8 +625,8 @@ class ClusterPort:
             _print(message.stream, message.data)
         elif isinstance(message, messages.Failed):
             error = ClusterError(message.reason)
-            self._lose(node, message.reason, events)
-            if not self._nodes:
+            self._lose(node, message.reason, events, LACKING_AVOID_S if message.passing else AVOID_S)
+            if not self._nodes and not message.passing:
                 events.append((HOPELESS, error, []))
         elif isinstance(message, messages.Wanted):
             self._answer(node, message)
@@ -755,7 +757,7 @@ class ClusterPort:
                 node, why = what
                 self._lose(node, why, events)
 
-    def _lose(self, node: Node, why: str, events: list[tuple[int, Any, list[int]]]) -> None:
+    def _lose(self, node: Node, why: str, events: list[tuple[int, Any, list[int]]], avoid_s: float = AVOID_S) -> None:
         """A node is lost: whatever it still sends is not listened to, and its batches run elsewhere."""
         if node.lost or node.key not in self._nodes:
             return
@@ -778,7 +780,7 @@ class ClusterPort:
             self.processes.remove(process)
         slots = [(slot + node.first_slot) % (1 << 16) for slot in node.living]
         node.living.clear()
-        self._avoid[node.id] = self._now() + AVOID_S
+        self._avoid[node.id] = self._now() + avoid_s
         self._tell_head()
         events.extend((NODE_LOST, (batch, node.host, why), []) for batch in batches)
         events.append((CHANGED, slots, []))

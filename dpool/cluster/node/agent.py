@@ -431,7 +431,7 @@ class Agent:
         try:
             part.workers = workers = self._make_workers(part, message)
         except Lacking as error:
-            self._post(part, messages.Failed(f"the node on {socket.gethostname()}: {error}"))
+            self._post(part, messages.Failed(f"the node on {socket.gethostname()}: {error}", passing=True))
             return
         # What a worker needs to be forked; kept open as long as the part.
         try:

@@ -19,10 +19,11 @@ def stock(gpus: int | None = None, more: str | None = None) -> resources.Stock:
     """This machine's resources. `gpus`: how many, None for those that are found; `more`: others, as in the variable
     DPOOL_RESOURCES, which is what counts if it is None. Raises ValueError for a text that is none."""
     named = resources.parse_words(os.environ.get(VARIABLE, "") if more is None else more)
-    found = gpu_names() if gpus is None else [str(index) for index in range(gpus)]
-    if gpus is None and resources.GPUS in named:
-        found = [str(index) for index in range(int(named[resources.GPUS]))]
-    named.pop(resources.GPUS, None)
+    found = gpu_names()
+    count = int(named.pop(resources.GPUS, len(found))) if gpus is None else gpus
+    if count > len(found):  # more than can be seen: whoever says so knows
+        found = [str(index) for index in range(count)]
+    found = found[:count]
     return resources.Stock({resources.MEMORY: float(memory_bytes()), **named}, found, threading.Lock())
 
 

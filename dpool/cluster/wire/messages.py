@@ -314,9 +314,10 @@ class Opened(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """The part cannot be opened, or no worker of it can be started."""
+    """The part cannot be opened, or no worker of it can be started. `passing`: what lacks may be there in a while."""
 
     reason: Text
+    passing: bool = False
 
 
 class Gone(Message, frozen=True):

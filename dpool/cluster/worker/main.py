@@ -124,16 +124,21 @@ class Worker:
 
     def report(self, *_: object) -> None:
         """SIGURG: the node asks for what is finished, since a task takes long. Runs in the midst of that task, as soon
-        as it is in Python code."""
+        as it is in Python code.
+
+        So it must not run code of the user's, nor wait for a lock that the task may hold: values of other than plain
+        types are left for later, and so is everything that does not succeed at once.
+        """
         finished = self.finished
-        if finished is None or not finished[1]:
+        if finished is None or not finished[1] or not all(map(_is_plain, finished[1])):
             return
         self.finished = None
         number, values, failures, started = finished
         ready = values[:]
         executed = self.reported + len(ready)
         try:
-            self._send(0, number, self.reported, ready, _dump_failures(failures), executed, perf_counter_ns() - started)
+            self._send(0, number, self.reported, ready, _dump_failures(failures), executed, perf_counter_ns() - started,
+                       early=True)
         except BaseException:
             pass  # not the running task's fault: it is tried again with the next ones
         else:
@@ -278,9 +283,12 @@ class Worker:
                    perf_counter_ns() - started)
 
     def _send(self, flags: int, number: int, first: int, values: list[Any], failures: bytes, executed: int,
-              run_ns: int) -> None:
+              run_ns: int, early: bool = False) -> None:
+        """Send outcomes. With `early` what goes wrong is raised, and nothing is sent."""
         with Sending() as sending:
             packed, errors = pickling.pack(values)
+        if early and errors:
+            raise errors[0][1]
         if len(sending.refs) >= frames.MAX_DESCRIPTORS:
             return self._send_less(flags, number, first, values, failures, executed, run_ns)
         if errors:
@@ -306,6 +314,8 @@ class Worker:
                     shared.insert(0, descriptor)
                 failures = b""
         except (OSError, DpoolError) as error:
+            if early:
+                raise
             # No memory for the results: each task learns it, instead of all hanging.
             lost = [(i, *describe_exception(error, engine.RESULT_LOST)) for i in range(count)]
             return self._send(flags & ~frames.ONE_PICKLE, number, first, [None] * count, _dump_failures(lost),
@@ -389,6 +399,26 @@ _RESOLVE: dict[int, Callable[[Any], Any]] = {
     engine.MAP_CHUNK: _resolve_all,
     engine.STAR_CHUNK: lambda item: [_resolve_all(part) for part in item],
 }
+
+
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes, bytearray))
+# Of a container no more are looked at, in so many layers.
+_PLAIN_ITEMS = 1000
+_PLAIN_LAYERS = 4
+
+
+def _is_plain(value: Any, layers: int = _PLAIN_LAYERS) -> bool:
+    """Whether pickling a value runs nobody's code, and takes no lock: numbers, texts, bytes, NumPy arrays of such, and
+    containers of them that are not large."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    if kind in (list, tuple, set, frozenset, dict):
+        if not layers or len(value) > _PLAIN_ITEMS:
+            return False
+        items = (*value, *value.values()) if kind is dict else value
+        return all(_is_plain(item, layers - 1) for item in items)
+    return kind.__name__ == "ndarray" and kind.__module__ == "numpy" and not value.dtype.hasobject
 
 
 def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:

@@ -104,6 +104,8 @@ def _become_worker(request: dict[str, Any], given: dict[str, int]) -> NoReturn:
         os.dup2(given.pop("errors"), 2)
         gc.unfreeze()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)  # the node's own may be to ignore them
         code = _run_worker(request, given)
     except BaseException:
         import traceback

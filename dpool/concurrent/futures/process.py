@@ -122,6 +122,10 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
             return self._limit
         return self._spec.processes if self._spec is not None else session.default_processes(self._resources)
 
+    @_max_workers.setter
+    def _max_workers(self, count: int) -> None:
+        self._limit = count
+
     @property
     def _broken(self) -> Any:  # type: ignore[override]
         """Why the executor is broken, a text; False if it is not."""
