@@ -15,6 +15,9 @@ TEST_LIMIT_S = 150
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell without job control starts what it runs in the background so, and every program would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "limit(seconds): how long the test may take, if it is long by design")
 
 
