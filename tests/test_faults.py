@@ -338,7 +338,10 @@ def test_an_initializer_that_kills_breaks_the_pool_after_a_bounded_number_of_wor
 
 # -- the driver ends
 
+# Both workers are there when the body begins: one that a fork server is just making is in the driver's process group
+# still, so that a Ctrl-C would reach it.
 DRIVER = """
+import os
 import sys
 import threading
 sys.path[:0] = [{here!r}]
@@ -347,7 +350,9 @@ from multiprocessing import get_context
 from dpool.multiprocessing.pool import Pool
 if __name__ == "__main__":
     pool = Pool(2, context=get_context({method!r}))
-    pool.map(deeds.double, range(10))
+    seen = set()
+    while len(seen) < 2:
+        seen.update(result.get() for result in [pool.apply_async(os.getpid) for _ in range(20)])
     {body}
 """
 
