@@ -625,7 +625,7 @@ class ClusterPort:
             _print(message.stream, message.data)
         elif isinstance(message, messages.Failed):
             error = ClusterError(message.reason)
-            self._lose(node, message.reason, events, LACKING_AVOID_S if message.passing else AVOID_S)
+            self._lose(node, message.reason, events, LACKING_AVOID_S if message.passing else None)
             if not self._nodes and not message.passing:
                 events.append((HOPELESS, error, []))
         elif isinstance(message, messages.Wanted):
@@ -757,7 +757,8 @@ class ClusterPort:
                 node, why = what
                 self._lose(node, why, events)
 
-    def _lose(self, node: Node, why: str, events: list[tuple[int, Any, list[int]]], avoid_s: float = AVOID_S) -> None:
+    def _lose(self, node: Node, why: str, events: list[tuple[int, Any, list[int]]],
+              avoid_s: float | None = None) -> None:
         """A node is lost: whatever it still sends is not listened to, and its batches run elsewhere."""
         if node.lost or node.key not in self._nodes:
             return
@@ -780,7 +781,7 @@ class ClusterPort:
             self.processes.remove(process)
         slots = [(slot + node.first_slot) % (1 << 16) for slot in node.living]
         node.living.clear()
-        self._avoid[node.id] = self._now() + avoid_s
+        self._avoid[node.id] = self._now() + (AVOID_S if avoid_s is None else avoid_s)
         self._tell_head()
         events.extend((NODE_LOST, (batch, node.host, why), []) for batch in batches)
         events.append((CHANGED, slots, []))
