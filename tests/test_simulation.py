@@ -15,6 +15,8 @@ from simulation.mutants import MUTANTS
 from simulation.running import explain, run
 from simulation.scale import Head, Work, lines
 
+from dpool.cluster.store import store
+
 # Histories of seeds that nobody has seen, each time. More: more is found. Fewer: the suite is quicker. Another number
 # may be set to run as many.
 FRESH = int(os.environ.get("DPOOL_SIMULATION_SEEDS", "320"))
@@ -58,6 +60,14 @@ def test_a_seed_replays_exactly(seed: int) -> None:
     assert run(first) is None and run(second) is None
     assert (first.world.events, first.world.now, list(first.world.trace)) == (
         second.world.events, second.world.now, list(second.world.trace))
+
+
+def test_what_else_the_process_does_is_not_the_historys() -> None:
+    store.current().attach()  # as a group of worker processes does, which joblib's stay warm for instance
+    try:
+        _check(18, WILD)
+    finally:
+        store.current().detach()
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -356,6 +357,8 @@ class History:
         self.segments = random.random() < 0.3
         self.by_name = random.random() < 0.2
         self.losses = random.choice([0, 1, 3])  # how often a task may be run again whose node is lost
+        # Not the process's: that one keeps segments warm for whatever else the process does.
+        self.store = store.Store(store.memory_bytes(), tempfile.gettempdir())
         self.jobs = 0
         self.gave_up = False  # a driver has given up a node
         self.begun: Counter[Key] = Counter()
@@ -427,12 +430,15 @@ class History:
             gc.collect()
             if _open_descriptors() > before:
                 raise Violation(f"{_open_descriptors()} descriptors are open, {before} were before")
+        if self.store.ledger.total:
+            raise Violation(f"the store still holds {self.store.summary()}")
 
     @contextmanager
     def _patched(self) -> Iterator[None]:
         """What is a process's own in reality is a history's own here; and small things count as large ones."""
         clock = mock.Mock(monotonic=lambda: self.world.now)
         with (mock.patch.object(group_module, "table", FunctionTable()), mock.patch.object(store, "time", clock),
+              mock.patch.object(store, "_store", self.store),
               mock.patch.object(frames, "INLINE_MAX_BYTES", 100 if self.segments else frames.INLINE_MAX_BYTES),
               mock.patch.object(transfer, "PIECE_BYTES", 64 if self.segments else transfer.PIECE_BYTES),
               mock.patch.object(dispatch_module, "NODE_LOSSES", self.losses),
