@@ -42,6 +42,9 @@ BATCH_RUN_TIME_S = 0.02
 # The next batch is at most so many times larger than the last one. More: many short tasks are up to speed sooner.
 # Fewer: less is staked on how long the first few took.
 BATCH_GROWTH = 16
+# And has at most so many calls. More: nothing is gained, for what a batch costs is spread over enough already. Fewer:
+# a worker waits less for the first batches of very short calls, which take longer to be made than to be run.
+BATCH_CALLS = 1024
 # joblib looks for results every 10 ms. A call that hands out its results one by one, or has a timeout, is waited for
 # in here so long first, so that a short one ends sooner.
 SHORT_CALL_S = 0.02
@@ -185,12 +188,12 @@ class DpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
         return super().get_nested_backend()  # type: ignore[no-any-return]
 
     def compute_batch_size(self) -> int:
-        """How many calls the next batch takes, with batch_size="auto": BATCH_RUN_TIME_S of them."""
+        """How many calls the next batch takes, with batch_size="auto": BATCH_RUN_TIME_S of them, BATCH_CALLS at most."""
         seconds = self._seconds_per_call
         if seconds is not None:
             size: int = self._effective_batch_size  # type: ignore[has-type]
             ideal = int(BATCH_RUN_TIME_S / max(seconds, 1e-9))
-            self._effective_batch_size = max(min(ideal, size * BATCH_GROWTH), 1)
+            self._effective_batch_size = max(min(ideal, size * BATCH_GROWTH, BATCH_CALLS), 1)
             if self._effective_batch_size != size and self.parallel.verbose >= 10:
                 self.parallel._print(f"Batch computation took {seconds:.2g}s a task. "
                                      f"Setting batch_size={self._effective_batch_size}.")
