@@ -161,7 +161,7 @@ def open_cluster_pool(target: str) -> Iterator[BenchPool]:
     """A pool of WORKERS processes on a cluster of two nodes that are processes of this machine, linked by TCP,
     encrypted where the target can. The stdlib's is its local one, as a measure."""
     if target == "dpool":
-        with _dpool_cluster():
+        with open_dpool_cluster():
             pool = attribute("Pool", module("dpool.multiprocessing"))(WORKERS)
             with pool:
                 yield _StdlibShaped(pool)
@@ -181,8 +181,9 @@ def open_cluster_pool(target: str) -> Iterator[BenchPool]:
 
 
 @contextmanager
-def _dpool_cluster() -> Iterator[None]:
-    """A head and two nodes, in use by this process."""
+def open_dpool_cluster(nodes: int = WORKERS) -> Iterator[Callable[[], None]]:
+    """A head and nodes of a CPU each, in use by this process. Yields a function that starts a node more and returns
+    when it has joined."""
     module("dpool.cluster_engine")
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder, ExitStack() as opened:
         key = os.path.join(folder, "key")
@@ -200,15 +201,21 @@ def _dpool_cluster() -> Iterator[None]:
         head = start("head", "--bind", "tcp://127.0.0.1:0")
         assert head.stdout is not None
         address = head.stdout.readline().split()[3]
-        for _ in range(WORKERS):
+
+        def join() -> None:
             node = start("node", address, "--cpus", "1")
             assert node.stderr is not None
-            node.stderr.readline()  # it has joined
+            if "joined the cluster" not in (line := node.stderr.readline()):
+                raise AssertionError(f"a node has not joined: {line}")
+
+        for _ in range(nodes):
+            join()
         session = module("dpool.session")
         session.init(address, key)
         opened.callback(session.use, None)
         opened.callback(session.current().close)
-        yield
+        yield join
+
 
 
 @contextmanager

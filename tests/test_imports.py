@@ -54,6 +54,11 @@ def test_the_pool_door_imports_no_more_than_it_must() -> None:
     assert len(new) <= 45, sorted(new)  # what the first pool needs among them: see session.prepare()
 
 
+def test_the_links_of_a_cluster_import_no_asyncio() -> None:
+    """Which would be half of what a node's start or dpool.init() takes."""
+    assert "asyncio" not in modules_after("import dpool.cluster_engine, dpool.cluster.node.agent, dpool.cluster.head.server")
+
+
 def test_a_first_map_imports_nothing_heavy_in_the_driver() -> None:
     """Of an importable function; a lambda needs cloudpickle."""
     program = "from dpool import Pool\nwith Pool(1) as pool: pool.map(abs, [1])"

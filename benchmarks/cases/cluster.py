@@ -6,6 +6,12 @@ registry.
 
 from __future__ import annotations
 
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from typing import Any
 
 from benchmarks import tasks
@@ -13,7 +19,7 @@ from benchmarks.cases.large import COUNT, arrays
 from benchmarks.cases.pool import ideal_s
 from benchmarks.clock import expect, round_trip_us, seconds
 from benchmarks.registry import Bar, Metric, Sample, case
-from benchmarks.targets import CLUSTERS, open_cluster_pool
+from benchmarks.targets import CLUSTERS, module, open_cluster_pool, open_dpool_cluster
 
 A_TASK = Metric("us", "a task", "µs")
 
@@ -60,3 +66,89 @@ def array_arguments(target: str, quick: bool) -> Sample:
     with open_cluster_pool(target) as pool:
         expect(list(range(COUNT)), pool.map(tasks.last_byte, values, 1))
         return {"s": seconds(lambda: pool.map(tasks.last_byte, values, 1), quick)}
+
+
+@case("cluster.join", "a node's start, until it has joined", Metric("s", "a node", "s"), targets=("dpool",),
+      bars=(Bar("s", 1.0, against=""),))
+def join(target: str, quick: bool) -> Sample:
+    with open_dpool_cluster(nodes=1) as another:
+        return {"s": seconds(another, quick)}
+
+
+@case("cluster.modules", "a package of 50 modules that only the driver has, until a worker has imported it",
+      Metric("s", "in all", "s"), targets=("dpool",), bars=(Bar("s", 1.0, against=""),))
+def modules(target: str, quick: bool) -> Sample:
+    """Each module has two hundred lines of functions and imports the one before it."""
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
+        package = os.path.join(folder, "fifty")
+        os.mkdir(package)
+        body = "".join(f"def f{i}(x):\n    y = x + {i}\n    return y * 2\n\n" for i in range(50))
+        for number in range(50):
+            before = f"from . import m{number - 1}\n" if number else ""
+            with open(os.path.join(package, f"m{number}.py" if number < 49 else "__init__.py"), "w") as file:
+                file.write((before if number < 49 else "from . import m48\n") + body)
+        with open_dpool_cluster(nodes=1):
+            sys.path.insert(0, folder)
+            function = module("fifty").f7
+            with module("dpool.multiprocessing").Pool(1) as pool:
+                expect(1, pool.apply(tasks.noop, (1,)))
+                start = time.perf_counter()
+                expect(20, pool.apply(function, (3,)))
+                return {"s": time.perf_counter() - start}
+
+
+@case("cluster.transfer", "an object of 256 MB to a node", Metric("s", "in all", "s"),
+      Metric("of_link", "of a bare encrypted link", "times", ratio=False), targets=("dpool",),
+      bars=(Bar("of_link", 1.11, against=""),))
+def transfer(target: str, quick: bool) -> Sample:
+    megabytes = 64 if quick else 256
+    with open_dpool_cluster(nodes=1), module("dpool.multiprocessing").Pool(1) as pool:
+        expect(1, pool.apply(tasks.noop, (1,)))
+        link = [encrypted_link_s(megabytes)]
+        times = []
+        for fill in (7, 8, 9):
+            ref = module("dpool").put(module("numpy").full(megabytes * tasks.MEGABYTE, fill, dtype="u1"))
+            start = time.perf_counter()
+            expect(fill, pool.apply(tasks.last_byte, (ref,)))
+            times.append(time.perf_counter() - start)
+            link.append(encrypted_link_s(megabytes))
+    took = statistics.median(times)
+    return {"s": took, "of_link": took / statistics.median(link)}
+
+
+def encrypted_link_s(megabytes: int) -> float:
+    """How long so much takes from one process to another over one ZeroMQ connection with CURVE, in frames of a
+    megabyte that nobody looks at."""
+    zmq = module("zmq")
+    public, secret = zmq.curve_keypair()
+    receiver = zmq.Context.instance().socket(zmq.PULL)
+    receiver.set(zmq.CURVE_SERVER, 1)
+    receiver.set(zmq.CURVE_SECRETKEY, secret)
+    port = receiver.bind_to_random_port("tcp://127.0.0.1")
+    receiver.set(zmq.RCVTIMEO, 60_000)
+    process = subprocess.Popen([sys.executable, "-c", _SEND, str(port), public.decode(), str(megabytes)])
+    try:
+        receiver.recv()
+        start = time.perf_counter()
+        for _ in range(megabytes):
+            receiver.recv(copy=False)
+        return time.perf_counter() - start
+    finally:
+        receiver.close(0)
+        process.wait()
+
+
+_SEND = """
+import sys, zmq
+port, server, megabytes = sys.argv[1:]
+sender = zmq.Context().socket(zmq.PUSH)
+sender.curve_publickey, sender.curve_secretkey = zmq.curve_keypair()
+sender.curve_serverkey = server.encode()
+sender.connect("tcp://127.0.0.1:" + port)
+sender.send(b"")
+frame = bytes(1 << 20)
+for _ in range(int(megabytes)):
+    sender.send(frame, copy=False)
+sender.close()
+sender.context.term()
+"""

@@ -139,6 +139,7 @@ class Agent:
         self.joined = threading.Event()
         self.refused = ""  # why the head does not take this node
         self._said = ""
+        self._was_connected = False
 
     # -- the loop
 
@@ -232,11 +233,11 @@ class Agent:
 
     def _report_link(self) -> None:
         """Say once what is wrong with the connection to the head, and once that it is there again."""
-        if self._head.connected:
-            if self._said:
-                self._say_state()
+        if self._head.connected and not self._was_connected:
+            self._say_state()  # what was said before there was a connection is lost
             self._said = ""
-        elif self._head.failure and self._head.failure != self._said:
+        self._was_connected = self._head.connected
+        if not self._was_connected and self._head.failure and self._head.failure != self._said:
             self._said = self._head.failure
             self._log(f"no connection to the head at {self._head.address}: {self._head.failure}; trying on")
 

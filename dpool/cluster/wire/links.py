@@ -10,11 +10,11 @@ import os
 import re
 import select
 import socket
+import struct
 import time
 from collections.abc import Iterator, Sequence
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from dpool.cluster.wire.bell import Bell
 from dpool.cluster.wire.keys import AGENT, DRIVER, Keys
@@ -27,6 +27,9 @@ HANDSHAKE_TIMEOUT_MS = 5000
 MAX_FRAMES = 4
 
 _DOMAIN = b"dpool"
+# What a monitor socket says of an event: which, and a number, for DISCONNECTED the descriptor. pyzmq's own function
+# for it would import asyncio, which takes longer than all the rest.
+_EVENT = struct.Struct("=HI")
 _ADDRESS = re.compile(r"tcp://(?:\[(?P<six>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:/\[\]]+)):(?P<port>\d+)")
 # Refused keys are reported this often per address.
 _REFUSAL_REPORT_EVERY_S = 60.0
@@ -158,10 +161,10 @@ class Listener:
         ended: list[bytes] = []
         while True:
             try:
-                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+                _, descriptor = _EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
             except zmq.Again:
                 return ended
-            peer = self._descriptors.pop(event["value"], None)
+            peer = self._descriptors.pop(descriptor, None)
             if peer is not None:
                 self._peers.pop(peer, None)
                 ended.append(peer)
@@ -217,10 +220,9 @@ class Dialer:
         """Take note of what has become of the connection."""
         while True:
             try:
-                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+                kind, _ = _EVENT.unpack(self._monitor.recv_multipart(zmq.NOBLOCK)[0])
             except zmq.Again:
                 return
-            kind = event["event"]
             if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected, self.failure, self.broken = True, "", False
                 continue
