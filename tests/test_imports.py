@@ -56,7 +56,8 @@ def test_the_pool_door_imports_no_more_than_it_must() -> None:
 
 def test_the_links_of_a_cluster_import_no_asyncio() -> None:
     """Which would be half of what a node's start or dpool.init() takes."""
-    assert "asyncio" not in modules_after("import dpool.cluster_engine, dpool.cluster.node.agent, dpool.cluster.head.server")
+    program = "import dpool.cluster_engine, dpool.cluster.node.agent, dpool.cluster.head.server"
+    assert "asyncio" not in modules_after(program)
 
 
 def test_a_first_map_imports_nothing_heavy_in_the_driver() -> None:

@@ -188,7 +188,7 @@ class DpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
         return super().get_nested_backend()  # type: ignore[no-any-return]
 
     def compute_batch_size(self) -> int:
-        """How many calls the next batch takes, with batch_size="auto": BATCH_RUN_TIME_S of them, BATCH_CALLS at most."""
+        """How many calls the next batch takes, with batch_size="auto": for BATCH_RUN_TIME_S, BATCH_CALLS at most."""
         seconds = self._seconds_per_call
         if seconds is not None:
             size: int = self._effective_batch_size  # type: ignore[has-type]
