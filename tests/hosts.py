@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import heapq
 import json
+import math
 import os
 import random
 import select
@@ -30,6 +31,8 @@ NET = "10.77.0."
 _MAC = "02:77:00:00:00:%02x"
 _TUNSETIFF = 0x400454CA
 _IFF_TAP_NO_PI = 0x1002
+# What a link with a limited rate holds back at most; more is lost, which is how TCP learns of the limit.
+_QUEUE_S = 0.2
 
 
 def possible() -> bool:
@@ -70,9 +73,9 @@ class _Host:
             self.pid = int(file.read().split()[0])
 
     def end(self) -> None:
+        """Its tap is for the caller to close."""
         self.life.close()  # its pid 1 ends, and the kernel kills every process of the host
         self.process.wait(30)
-        os.close(self.tap)
 
 
 class Hosts:
@@ -82,10 +85,14 @@ class Hosts:
         # Guards what follows: the switch's thread reads it.
         self._lock = threading.Lock()
         self._cut: set[tuple[int, int]] = set()  # (from, to) whose frames are lost
-        self._slow: dict[int, tuple[float, float]] = {}  # host -> delay in seconds each way, share that is lost
+        # host -> delay in seconds each way, share that is lost, bytes a second each way
+        self._slow: dict[int, tuple[float, float, float]] = {}
+        self._off: set[int] = set()
+        self._busy: dict[tuple[int, str], float] = {}  # until when a host's link is busy, out and in
         self._random = random.Random(0)
         self._stopping = False
         self._wake, self._waker = os.pipe()
+        self._keep = keep
         self.hosts: list[_Host] = []
         try:
             for number in range(count):
@@ -93,6 +100,7 @@ class Hosts:
         except BaseException:
             for host in self.hosts:
                 host.end()
+                os.close(host.tap)
             raise
         self._thread = threading.Thread(target=self._switch, daemon=True)
         self._thread.start()
@@ -110,10 +118,28 @@ class Hosts:
         with self._lock:
             self._cut.clear()
 
-    def slow(self, host: int, delay_s: float = 0.0, loss: float = 0.0) -> None:
-        """Delay what a host sends and receives, and lose a share of it."""
+    def slow(self, host: int, delay_s: float = 0.0, loss: float = 0.0, rate: float = math.inf) -> None:
+        """Delay what a host sends and receives, lose a share of it, and let through so many bytes a second."""
         with self._lock:
-            self._slow[host] = (delay_s, loss)
+            self._slow[host] = (delay_s, loss, rate)
+
+    def power_off(self, host: int) -> None:
+        """End a host as a power cut does: not a word of it reaches the others. boot() heals the cut."""
+        self.cut(host)
+        self.hosts[host].end()
+        with self._lock:
+            self._off.add(host)
+        os.write(self._waker, b"x")
+
+    def boot(self, host: int) -> None:
+        """Start a host again that was powered off; its address is the same."""
+        fresh = _Host(host, self._keep)
+        with self._lock:
+            os.close(self.hosts[host].tap)
+            self.hosts[host] = fresh
+            self._off.discard(host)
+            self._cut = {pair for pair in self._cut if host not in pair}
+        os.write(self._waker, b"x")
 
     def command(self, host: int, command: Sequence[str]) -> list[str]:
         """What runs `command` there, in / ."""
@@ -137,8 +163,10 @@ class Hosts:
         self._stopping = True
         os.write(self._waker, b"x")
         self._thread.join(10)
-        for host in self.hosts:
-            host.end()
+        for number, host in enumerate(self.hosts):
+            if number not in self._off:
+                host.end()
+            os.close(host.tap)
         os.close(self._wake)
         os.close(self._waker)
 
@@ -151,26 +179,36 @@ class Hosts:
 
     # -- the switch
 
-    def _due(self, source: int, target: int, now: float) -> float | None:
+    def _due(self, source: int, target: int, nbytes: int, now: float) -> float | None:
         """When a frame reaches `target`; None if it is lost."""
         if (source, target) in self._cut:
             return None
-        for delay, loss in (self._slow.get(source, (0.0, 0.0)), self._slow.get(target, (0.0, 0.0))):
+        due = now
+        for link in ((source, "out"), (target, "in")):
+            delay, loss, rate = self._slow.get(link[0], (0.0, 0.0, math.inf))
             if self._random.random() < loss:
                 return None
-            now += delay
-        return now
+            if rate < math.inf:
+                free = max(self._busy.get(link, 0.0), now)
+                if free - now > _QUEUE_S:
+                    return None
+                self._busy[link] = free + nbytes / rate
+                due = max(due, self._busy[link])
+            due += delay
+        return due
 
     def _switch(self) -> None:
-        taps = {host.tap: number for number, host in enumerate(self.hosts)}
         queue: list[tuple[float, int, int, bytes]] = []
         sequence = 0
         while not self._stopping:
             wait = max(0.0, queue[0][0] - time.monotonic()) if queue else None
+            with self._lock:
+                taps = {host.tap: number for number, host in enumerate(self.hosts) if number not in self._off}
             ready, _, _ = select.select([self._wake, *taps], [], [], wait)
             now = time.monotonic()
             for descriptor in ready:
                 if descriptor == self._wake:
+                    os.read(self._wake, 64)
                     continue
                 source = taps[descriptor]
                 for _ in range(64):
@@ -181,12 +219,12 @@ class Hosts:
                     if frame[:5] == b"\x02\x77\x00\x00\x00":
                         targets = [frame[5] - 1]
                     elif frame[0] & 1:
-                        targets = [other for other in range(len(taps)) if other != source]
+                        targets = [other for other in range(len(self.hosts)) if other != source]
                     else:
                         continue
                     with self._lock:
                         for target in targets:
-                            due = self._due(source, target, now)
+                            due = self._due(source, target, len(frame), now)
                             if due is not None:
                                 sequence += 1
                                 heapq.heappush(queue, (due, sequence, target, frame))
@@ -196,7 +234,7 @@ class Hosts:
                 try:
                     os.write(self.hosts[target].tap, frame)
                 except OSError:
-                    pass  # its queue is full: lost, as on a real network
+                    pass  # its queue is full, or it is off: lost, as on a real network
 
 
 def _become_host(settings: dict[str, Any]) -> None:

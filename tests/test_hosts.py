@@ -7,10 +7,13 @@ process: one a line, an answer each.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,11 @@ if __name__ == "__main__":
         if order == "start":
             running = pool.starmap_async(task, [("", value) for value in range(arguments[0])], chunksize=1)
             answer = None
+        elif order == "send":
+            running = pool.map_async(len, [bytes([n]) * arguments[0] for n in range(arguments[1])], chunksize=1)
+            answer = None
+        elif order == "lengths":
+            answer = running.get(100)
         elif order == "result":
             answer = running.get(100)
         elif order == "hosts":
@@ -91,6 +99,29 @@ class Lab:
         assert isinstance(values, list)
         assert [value for value, _ in values] == list(range(count))
         return [host for _, host in values]
+
+    def status(self) -> list[str]:
+        """The hosts that the head knows."""
+        command = self.hosts.command(HEAD, ["env", *self._settings, sys.executable, "-m", "dpool", "status", "--json",
+                                            self.address])
+        report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return sorted(node["host"] for node in report["nodes"])
+
+    @contextmanager
+    def stopped(self, host: int) -> Iterator[None]:
+        """All that runs on a host stands still meanwhile."""
+        pids = self.hosts.processes(host)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+            for process in self.processes:  # an nsenter stops with what it has started
+                if process.process.poll() is None:
+                    process.send(signal.SIGCONT)
 
     def close(self) -> None:
         assert self.driver.stdin is not None
@@ -149,3 +180,47 @@ def test_a_node_behind_a_slow_and_lossy_link_works(lab: Lab) -> None:
     lab.ask("start", 300)
     lab.result(300)
     assert lab.ask("sessions") == sessions
+
+
+def test_what_is_large_does_not_keep_a_slow_node_from_being_heard(lab: Lab) -> None:
+    """Ten seconds of a full link: longer than a node may be silent."""
+    sessions = lab.ask("sessions")
+    for host in (FIRST, SECOND):
+        lab.hosts.slow(host, rate=2e6)
+    lab.ask("send", 5 << 20, 8)
+    assert lab.ask("lengths") == [5 << 20] * 8
+    assert lab.ask("sessions") == sessions
+
+
+def test_a_machine_loses_power_and_comes_back(lab: Lab) -> None:
+    """No connection is closed: the others find out by themselves."""
+    lab.ask("start", 400)
+    lab.hosts.power_off(FIRST)
+    assert lab.result(400).count("h2") > 200
+    until(lambda: lab.ask("hosts") == ["h2"], "the group has its workers on the other host")
+    lab.hosts.boot(FIRST)
+    lab.start(FIRST, "-m", "dpool", "node", lab.address, "--cpus", "2").expect("joined")
+    until(lambda: lab.status() == ["h1", "h2"], "the head knows the new node, and no longer the old one")
+    lab.ask("start", 50)
+    lab.result(50)
+
+
+def test_a_node_that_is_stopped_for_long_comes_back_empty(lab: Lab) -> None:
+    before = lab.ask("sessions")
+    lab.ask("start", 400)
+    with lab.stopped(FIRST):
+        lab.result(400)
+        until(lambda: lab.ask("hosts") == ["h2"], "the group has its workers on the other host")
+    assert before != lab.ask("sessions")
+    until(lambda: len(lab.hosts.processes(FIRST)) == 2, "the node has ended what was given up")
+    lab.ask("start", 50)
+    lab.result(50)
+
+
+def test_a_node_that_is_stopped_for_a_moment_is_not_given_up(lab: Lab) -> None:
+    before = lab.ask("sessions")
+    lab.ask("start", 400)
+    with lab.stopped(FIRST):
+        time.sleep(2)  # the stop's length is what is under test
+    assert set(lab.result(400)) == {"h1", "h2"}
+    assert lab.ask("sessions") == before
