@@ -884,8 +884,8 @@ class Books(RuleBasedStateMachine):
             self.now = max(self.now, at)
             stuck = self.dispatch.should_steal(self.now)
             assert all(batch in several for batch in stuck)
-            feeds = bool(self.waiting()) or len(self.batches) >= self.dispatch.workers
-            assert not (feeds and stuck)
+            if self.waiting() or len(self.batches) >= self.dispatch.workers:  # everyone has work
+                assert all(self.now - batch.sent_at >= STEAL_RECHECK_S for batch in stuck)
             again = self.dispatch.steal_at()
             assert again is not None and again > self.now
 
