@@ -206,9 +206,21 @@ def test_a_bad_key_file_ends_the_first_process_with_a_sentence(step: Step) -> No
     step.config.mkdir(parents=True)
     (step.config / "key").write_text("nonsense\n")
     (step.config / "key").chmod(0o600)
-    first = step.start(0, program(step.directory, "print('runs')"))
+    first = step.start(0, program(step.directory, "print('runs')"),
+                       before="from dpool.cli import batch; batch.FAILED_FOR_S = 0")
     assert first.wait() == 1
     assert len(first.lines) == 2 and "holds no dpool key" in first.lines[0]
+
+
+def test_the_others_hear_that_the_first_process_has_failed(step: Step) -> None:
+    name = program(step.directory, "print('runs')")
+    other = step.start(1, name)
+    first = step.start(0, name, SLURMD_NODENAME="no-such-machine.invalid")
+    assert other.wait() == 1
+    assert "the first process of this job could not start the cluster: this machine is called" in other.lines[0]
+    assert first.wait() == 1
+    assert "no-such-machine.invalid, which has no address here" in "".join(first.lines)
+    assert [entry for entry in os.listdir(step.config) if entry != "key"] == []
 
 
 # -- which job

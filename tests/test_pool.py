@@ -40,7 +40,8 @@ def shared() -> Iterator[Pool]:
     with Pool(2, context=get_context("fork")) as made:
         # What a pool makes at its first use it keeps.
         assert made.map(deeds.double, range(1000), chunksize=1) == list(range(0, 2000, 2))
-        while made._group.port._leave is None:  # what apply() waits with, unless its result was quicker
+        group: Any = made._group
+        while group.port._leave is None:  # what apply() waits with, unless its result was quicker
             assert made.apply(deeds.double, (1,)) == 2
         yield made
     made.join()

@@ -24,6 +24,10 @@ for host in $hosts; do
     ssh "$host" "dpool node $address" < /dev/null &
 done
 until [ "$(dpool status "$address" | grep -c '^  node')" -ge "$(wc -w <<< "$hosts")" ]; do
+    if [ "$(jobs -rp | wc -l)" -le "$(wc -w <<< "$hosts")" ]; then # the head, and an ssh for each node
+        echo "the head or a node has ended: the lines above say why" >&2
+        exit 1
+    fi
     sleep 1
 done
 

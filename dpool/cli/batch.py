@@ -37,6 +37,8 @@ from dpool.errors import ClusterError, DpoolError, KeyProblem
 FIRST_WITHIN_S = 300.0
 # How long the first process waits for the others, before its program begins without them.
 OTHERS_WITHIN_S = 60.0
+# If the first process fails before that, it says so to the others for so long.
+FAILED_FOR_S = 10.0
 # A file that another machine has written is looked for so often: nothing tells of its coming.
 LOOK_EVERY_S = 0.1
 # A node that has neither head nor driver for so long ends: the first process has died, and could not say so.
@@ -47,7 +49,19 @@ END_WITHIN_S = 10.0
 
 def lead(job: Job) -> str:
     """For the first process of a job: make its cluster; returns the address. It ends with this process. Raises
-    ClusterError, KeyProblem."""
+    ClusterError, KeyProblem, after the others have had the time to learn that there will be none."""
+    try:
+        return _lead(job)
+    except (DpoolError, ValueError, OSError) as error:
+        place = _meeting_place(job)
+        with contextlib.suppress(OSError):
+            _announce(place, {"failed": str(error)})
+            time.sleep(FAILED_FOR_S)
+            place.unlink()
+        raise
+
+
+def _lead(job: Job) -> str:
     _make_key()
     bind, reach = _where(job)
     companion = subprocess.Popen(
@@ -129,13 +143,13 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _announce(place: Path, address: str, keys: cluster_keys.Keys) -> None:
+def _announce(place: Path, what: dict[str, str]) -> None:
     """Write the file; it is there whole, or not at all."""
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = place.with_name(f".{place.name}.{os.getpid()}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(descriptor, "w") as file:
-        json.dump({"address": address, "key": keys.id}, file)
+        json.dump(what, file)
     os.rename(draft, place)
 
 
@@ -149,6 +163,8 @@ def _meet(place: Path) -> tuple[str, str]:
                                f"directory, with --key")
         time.sleep(LOOK_EVERY_S)
     said = json.loads(place.read_text())
+    if "failed" in said:
+        raise ClusterError(f"the first process of this job could not start the cluster: {said['failed']}")
     return said["address"], said["key"]
 
 
@@ -157,7 +173,11 @@ def _where(job: Job) -> tuple[str, str]:
     if not job.scattered:
         return "tcp://127.0.0.1:0", "127.0.0.1"
     host = job.host or socket.gethostname()
-    number = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    try:
+        number = str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ClusterError(f"this machine is called {host}, which has no address here ({error.strerror}): the other "
+                           f"machines of the job need one to reach it") from None
     if number != host and (number.startswith("127.") or number == "::1"):
         return "tcp://0.0.0.0:0", host  # known by this name elsewhere, and here only to itself
     return links.address_of(number, 0), number
@@ -187,7 +207,7 @@ def companion(parent: str, bind: str, reach: str, cpus: str, size: str, patience
         address = links.address_of(reach, links.parse_address(head.address)[1])
         agent = _agent(keys, address, int(cpus))
         threads.append(_start(agent.serve, "dpool-node"))
-        _announce(Path(place), address, keys)
+        _announce(Path(place), {"address": address, "key": keys.id})
         _wait_for_all(head, int(size), float(patience_s), pidfd)
         with contextlib.suppress(BrokenPipeError):  # the parent has ended, which the poll will say, too
             os.write(report, f"{address} {len(head.membership.nodes)}\n".encode())
