@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dpool.cluster.wire.pickling import Pickles
 
 # Shorter: a caller waits less for the first results of a batch. Longer: fewer messages.
-REPORT_EVERY_NS = 2_000_000
+REPORT_EVERY_NS = 10_000_000
 # Functions that are found by their name, kept between batches; they are the module's own objects anyway.
 MAX_FUNCTIONS = 256
 # Segments for results that are kept mapped. More: less mapping anew. Fewer: fewer descriptors.
