@@ -39,7 +39,9 @@ def current() -> Engine:
 def prepare() -> None:
     """Import now what the first pool on this machine needs, so that opening it is as quick as in the standard library.
     For doors, when they are imported. Does nothing in a worker process: most of those open none."""
-    if process.parent_process() is None and not os.environ.get("DPOOL_ADDRESS"):
+    # The second is true while a spawned worker imports the program's main module: it has no parent yet.
+    is_worker = process.parent_process() is not None or getattr(process.current_process(), "_inheriting", False)
+    if not is_worker and not os.environ.get("DPOOL_ADDRESS"):
         import dpool.embedded  # noqa: F401
 
 
