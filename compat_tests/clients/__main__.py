@@ -16,6 +16,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+from compat_tests.clients.doors import TALLY
 from compat_tests.clients.registry import CLIENTS, Client
 from compat_tests.engines import ENGINES, on_hosts, started
 from compat_tests.running import CHECKOUT, LEFT_OVER_GRACE_S, MARK, OUTPUT_SHOWN, end_all
@@ -81,9 +82,17 @@ def main() -> int:
     parser.add_argument("--engine", choices=ENGINES, default="embedded",
                         help="cluster: a head and two nodes; hosts: each on a host of its own (namespaces, for root)")
     options = parser.parse_args()
-    code = on_hosts(options.engine, "compat_tests.clients", sys.argv[1:])
-    if code is not None:
-        return code
+    if options.engine != "embedded" and TALLY not in os.environ:
+        # Before the nodes are started, for their workers have it from them.
+        with tempfile.TemporaryDirectory(prefix="compat_clients-") as folder:
+            os.environ[TALLY] = os.path.join(folder, "tally")
+            os.environ["TMPDIR"] = folder  # what is written there every machine sees, as on a shared file system
+            code = on_hosts(options.engine, "compat_tests.clients", sys.argv[1:], [Path(folder)])
+            return _run(options) if code is None else code
+    return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     chosen = [client for client in CLIENTS
               if (not options.client or client.name in options.client) and (client.quick or not options.quick)]
     if options.install:
@@ -102,7 +111,7 @@ def _run_all(chosen: list[Client], options: argparse.Namespace) -> int:
         ran += 1
         for row in run(client, options.method, options.limit):
             seconds = "".join(f" {value:9.2f}" for value in row.seconds)
-            same = "NO" if row.problem else "yes"
+            same = "NO" if row.problem else "yes" if row.seconds else "(cannot)"
             print(f"{client.name:12} {client.version:10.10} {row.workload:24} {same:12}{seconds}", flush=True)
             if row.problem:
                 problems += 1

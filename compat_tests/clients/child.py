@@ -7,12 +7,13 @@ Writes a line of JSON for each to a file; limits nothing, __main__.py does. Call
 import faulthandler
 import json
 import multiprocessing
+import os
 import time
 import traceback
 from importlib import import_module
 
 from compat_tests.clients.comparing import difference
-from compat_tests.clients.doors import Doors, Evidence
+from compat_tests.clients.doors import TALLY, Doors, Evidence
 
 
 def main(client: str, path: str, method: str | None, limit_s: float) -> None:
@@ -21,7 +22,7 @@ def main(client: str, path: str, method: str | None, limit_s: float) -> None:
     if method is not None:
         multiprocessing.set_start_method(method)
     module = import_module(client)
-    evidence = Evidence(f"{path}.tally")
+    evidence = Evidence(os.environ.get(TALLY) or f"{path}.tally")
     workloads = [value for value in vars(module).values() if hasattr(value, "calls_are_counted")]
     with open(path, "w") as file:
         for function in workloads:
@@ -37,7 +38,10 @@ def main(client: str, path: str, method: str | None, limit_s: float) -> None:
                     problems.append(f"with {doors.name}: {wrong}")
                 if problems:
                     break
-            if not problems and (differs := difference(*results)):
+            if reason := getattr(function, "of_one_machine", "") if "DPOOL_ADDRESS" in os.environ else "":
+                problems = [] if problems else [f"works on a cluster, though {reason}"]
+                seconds = []
+            elif not problems and (differs := difference(*results)):
                 problems.append(differs)
             print(json.dumps({"workload": function.__name__, "seconds": seconds, "problem": "\n".join(problems)}),
                   file=file, flush=True)

@@ -18,17 +18,14 @@ def parabola(x: float, y: int) -> float:
     return (x - 2) ** 2 + y
 
 
-def objective(trial: optuna.Trial) -> float:
-    worked()
-    return float(trial.suggest_int("n", 0, 11) ** 2)
-
-
-def optimize(path: str, numbers: list[int]) -> None:
+def evaluate(path: str, numbers: list[int]) -> None:
     """What a worker does: some trials of a study that all workers share."""
+    worked()
     study = optuna.load_study(study_name="shared", storage=JournalStorage(JournalFileBackend(path)))
     for number in numbers:
-        study.enqueue_trial({"n": number})
-        study.optimize(objective, n_trials=1)
+        study.add_trial(optuna.trial.create_trial(
+            params={"n": number}, distributions={"n": optuna.distributions.IntDistribution(0, 11)},
+            value=float(number ** 2)))
 
 
 @workload
@@ -50,5 +47,5 @@ def shared_study(doors: Doors) -> Any:
         path = str(Path(folder, "journal"))
         study = optuna.create_study(study_name="shared", storage=JournalStorage(JournalFileBackend(path)))
         with doors.Pool() as pool:
-            pool.starmap(optimize, [(path, [n, n + 6]) for n in range(6)])
+            pool.starmap(evaluate, [(path, [n, n + 6]) for n in range(6)])
         return sorted((trial.params["n"], trial.value) for trial in study.trials), study.best_value

@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any
 
 WORKERS = 2
-# Names the file to which a worker writes a line for each call; see worked().
-_TALLY = "DPOOL_CLIENTS_TALLY"
+# Names the file to which a worker writes a line for each call; see worked(). A cluster has it from its start.
+TALLY = "DPOOL_CLIENTS_TALLY"
 
 _MODULES = {
     "multiprocessing": "dpool.multiprocessing",
@@ -46,9 +46,23 @@ def foreign(function: Workload) -> Workload:
     return function
 
 
+def of_one_machine(reason: str) -> Callable[[Workload], Workload]:
+    """Mark a workload as one that a cluster cannot run, and say why. There it must fail, with an error."""
+    def mark(function: Workload) -> Workload:
+        function.of_one_machine = reason  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 def worked() -> None:
     """Called by functions that should run in workers, so that a client that calls them at home is noticed."""
-    os.write(_tally(os.environ[_TALLY]), b"%d\n" % os.getpid())
+    os.write(_tally(os.environ[TALLY]), _here())
+
+
+def _here() -> bytes:
+    """This process, as a line."""
+    return f"{os.uname().nodename}:{os.getpid()}\n".encode()
 
 
 @functools.cache
@@ -106,12 +120,23 @@ _REAL: dict[str, ModuleType] = {name: import_module(name) for name in _MODULES}
 
 
 class Evidence:
-    """Which processes multiprocessing started during a run, and how many calls were counted by worked() in them."""
+    """Which processes multiprocessing started during a run, and how many calls were counted by worked() in them. On a
+    cluster: whether a group was opened there."""
 
     def __init__(self, tally: str) -> None:
         self._file = os.open(tally, os.O_RDONLY | os.O_CREAT)
-        os.environ[_TALLY] = tally
+        os.environ[TALLY] = tally
         self.started: list[str] = []
+        if "DPOOL_ADDRESS" in os.environ:
+            from dpool.cluster.driver.remote import ClusterPort
+
+            begin = ClusterPort.begin
+
+            def asked(port: Any) -> None:
+                self.started.append("dpool.cluster")
+                begin(port)
+
+            ClusterPort.begin = asked  # type: ignore[method-assign]
         # Both doors start their workers by this: the pool's own, or what its context makes.
         start = multiprocessing.process.BaseProcess.start
         started = self.started
@@ -121,13 +146,13 @@ class Evidence:
             start(process)
 
         multiprocessing.process.BaseProcess.start = noted  # type: ignore[method-assign]
-        self._read_to = 0
+        self._read_to = os.fstat(self._file).st_size
 
     def judge(self, name: str, counts: bool) -> str:
         """What is wrong with the run through the doors `name`, an empty text if nothing; begins a new one."""
         lines = os.pread(self._file, 1 << 30, self._read_to)
         self._read_to += len(lines)
-        where = set(lines.split())
+        where = set(lines.splitlines(keepends=True))
         dpool = [module for module in self.started if module.startswith("dpool.")]
         stdlib = [module for module in self.started if module.startswith(("multiprocessing.pool", "concurrent."))]
         self.started.clear()
@@ -137,7 +162,7 @@ class Evidence:
             problems.append(f"no worker was started by {name}")
         if other:
             problems.append(f"{len(other)} workers were started by the other one")
-        if counts and not where - {b"%d" % os.getpid()}:
+        if counts and not where - {_here()}:
             problems.append("nothing ran in a worker")
         for process in multiprocessing.active_children():
             process.join(30)
