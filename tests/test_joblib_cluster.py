@@ -15,6 +15,9 @@ numpy = pytest.importorskip("numpy")
 
 from joblib import Parallel, delayed, parallel_config  # noqa: E402
 
+import dpool  # noqa: E402
+from dpool.cluster.driver import remote  # noqa: E402
+from dpool.cluster.store.transfer import pieces  # noqa: E402
 from dpool.errors import WorkerDied  # noqa: E402
 from dpool.joblib import warm  # noqa: E402
 from dpool.joblib.backend import DpoolBackend  # noqa: E402
@@ -45,6 +48,44 @@ def test_arrays_arrive_with_the_same_rules(cluster: Cluster) -> None:
     assert run(tasks.first, numpy.asfortranarray(numpy.ones((400, 400))), large[::2]) == [1.0, 0.0]
     [result] = run(tasks.as_it_is, large)
     result[0] = 1
+
+
+def test_a_large_array_travels_to_each_node_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    def counted(descriptor: int, parts: Any = None) -> Any:
+        found = pieces(descriptor, parts)
+        sent.extend(piece.nbytes for _, _, piece in found)
+        return found
+
+    monkeypatch.setattr(remote, "pieces", counted)
+    array = numpy.ones(1 << 18)
+    assert run(tasks.first, *[array] * 40, batch_size=1) == [1.0] * 40
+    assert run(tasks.first, *[{"deep": [array]}["deep"][0]] * 40, mmap_mode=None, batch_size=1) == [1.0] * 40
+    assert sum(sent) < 4.1 * array.nbytes  # two calls, two nodes
+
+
+def test_an_array_that_changes_is_not_taken_for_what_it_was(cluster: Cluster) -> None:
+    array = numpy.zeros(1 << 18)
+    with Parallel(2, backend="dpool") as parallel:
+        for value in range(5):
+            array[0] = value
+            assert parallel(delayed(tasks.first)(array) for _ in range(3)) == [value] * 3
+
+    def changing() -> Iterator[Any]:
+        for value in range(10):
+            array[0] = value
+            yield delayed(tasks.first)(array)
+
+    # joblib reads some of the input ahead; what a task gets is never older than what it was made with.
+    results = Parallel(2, backend="dpool", batch_size=1)(changing())
+    assert all(result >= value for value, result in enumerate(results))
+    assert results[-1] == 9
+
+
+def test_refs_in_tasks_arrive_as_refs(cluster: Cluster) -> None:
+    ref = dpool.put(numpy.full(1 << 18, 7.0))
+    assert run(lambda refs: float(dpool.get(refs["it"])[5]), {"it": ref}, {"it": ref}) == [7.0, 7.0]
 
 
 def test_faults_are_exceptions(cluster: Cluster) -> None:

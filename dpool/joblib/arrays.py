@@ -1,6 +1,7 @@
 """Large arrays: stored once a call, mapped by every worker that gets them; joblib's rules on what may be written to.
 
-A stored array is a memfd, or a nameless file in the user's temp_folder: nothing to leak, whoever is killed. It is never
+For workers of this machine a stored array is a memfd, or a nameless file in the user's temp_folder: nothing to leak,
+whoever is killed. For those of a cluster it is an object of the store, which travels to each node once. It is never
 taken for the array it was made of without looking whether that has changed. Used by backend.py in the program, which
 stores, and by worker.py, which opens.
 """
@@ -13,6 +14,9 @@ import os
 import pickle
 import tempfile
 import weakref
+
+from dpool import objects
+from dpool.errors import ObjectStoreFull
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,22 +35,52 @@ _living: weakref.WeakSet[Stored] = weakref.WeakSet()
 
 
 class Stored:
-    """The bytes of one array in a file without a name; it is closed when the last task that needs it has ended."""
+    """The bytes of one array, as they were when `seen_at` batches had been made; open() says how a worker gets at them.
+    They go when the last task that needs them has ended."""
 
-    __slots__ = ("descriptor", "key", "order", "size", "seen_at", "_view", "__weakref__")
+    __slots__ = ("order", "seen_at", "_view", "__weakref__")
 
-    def __init__(self, array: Any, folder: str | None, seen_at: int) -> None:
-        import numpy
-
+    def __init__(self, array: Any, seen_at: int) -> None:
         self.order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-        self.size = array.nbytes
         self.seen_at = seen_at
         self._view: Any = None
+        _living.add(self)
+
+    def equals(self, array: Any) -> bool:
+        """Whether the array has the bytes that were stored."""
+        import numpy
+
+        if self._view is None:
+            self._view = self._bytes()
+        flat = self._flat(array)
+        return all(numpy.array_equal(self._view[start:start + COMPARE_BYTES], flat[start:start + COMPARE_BYTES])
+                   for start in range(0, flat.nbytes, COMPARE_BYTES))
+
+    def _flat(self, array: Any) -> Any:
+        import numpy
+
+        return _flat(numpy.asarray(array, order=self.order))  # type: ignore[call-overload]
+
+    def open(self, array: Any, mode: str | None) -> tuple[Any, ...]:
+        """The reduction, for pickle, of an array with these bytes."""
+        raise NotImplementedError
+
+    def _bytes(self) -> Any:
+        raise NotImplementedError
+
+
+class StoredFile(Stored):
+    """In a file without a name, for the workers of this machine."""
+
+    __slots__ = ("descriptor", "key", "size")
+
+    def __init__(self, array: Any, folder: str | None, seen_at: int) -> None:
+        super().__init__(array, seen_at)
+        self.size = array.nbytes
         self.descriptor = _nameless_file(folder)
         # A worker may hold the mapping of a file that is closed here and whose descriptor has a new owner.
         self.key = (os.getpid(), next(_numbers))
-        _living.add(self)
-        flat = _flat(numpy.asarray(array, order=self.order))  # type: ignore[call-overload]
+        flat = self._flat(array)
         written = 0
         while written < self.size:
             # Not through a mapping: a full disk or memory is an OSError here, and a SIGBUS there.
@@ -62,15 +96,29 @@ class Stored:
         """Where any process of this machine and user can open it, as long as it is held here."""
         return f"/proc/{os.getpid()}/fd/{self.descriptor}"
 
-    def equals(self, array: Any) -> bool:
-        """Whether the array has the bytes that were stored."""
+    def open(self, array: Any, mode: str | None) -> tuple[Any, ...]:
+        return _open, (self.path, self.key, array.dtype, array.shape, self.order, mode)
+
+    def _bytes(self) -> Any:
         import numpy
 
-        if self._view is None:
-            self._view = numpy.frombuffer(mmap.mmap(self.descriptor, self.size, access=mmap.ACCESS_READ), numpy.uint8)
-        flat = _flat(numpy.asarray(array, order=self.order))  # type: ignore[call-overload]
-        return all(numpy.array_equal(self._view[start:start + COMPARE_BYTES], flat[start:start + COMPARE_BYTES])
-                   for start in range(0, self.size, COMPARE_BYTES))
+        return numpy.frombuffer(mmap.mmap(self.descriptor, self.size, access=mmap.ACCESS_READ), numpy.uint8)
+
+
+class StoredObject(Stored):
+    """In the object store, for workers of other machines."""
+
+    __slots__ = ("ref",)
+
+    def __init__(self, array: Any, seen_at: int) -> None:
+        super().__init__(array, seen_at)
+        self.ref = objects.put(self._flat(array))
+
+    def open(self, array: Any, mode: str | None) -> tuple[Any, ...]:
+        return _open_object, (self.ref, array.dtype, array.shape, self.order, mode)
+
+    def _bytes(self) -> Any:
+        return objects.get(self.ref)
 
 
 def _flat(array: Any) -> Any:
@@ -128,11 +176,10 @@ class Arrays:
             mode = self._mode
         elif array.nbytes < SHARE_MIN_BYTES:
             return NotImplemented
-        if self._local:
-            stored = self._find(array, mode)
-            if stored is not None:
-                self.used.append(stored)
-                return _open, (stored.path, stored.key, array.dtype, array.shape, stored.order, mode)
+        stored = self._find(array, mode)
+        if stored is not None:
+            self.used.append(stored)
+            return stored.open(array, mode)
         if mode == "r":
             return _read_only, (pickle.PickleBuffer(_flat(array)) if _is_flat(array) else array.tobytes(),
                                 array.dtype, array.shape, "F" if array.flags.fnc else "C")
@@ -153,8 +200,8 @@ class Arrays:
         if len(_living) >= MAX_STORED:
             return None
         try:
-            stored = Stored(array, self._folder, self.made)
-        except OSError:
+            stored = StoredFile(array, self._folder, self.made) if self._local else StoredObject(array, self.made)
+        except (OSError, ObjectStoreFull):
             return None
         stored_arrays = self._stored
         gone = weakref.ref(array, lambda _: stored_arrays.pop(number, None))
@@ -182,7 +229,7 @@ def _backing(array: Any) -> Any:
 
 
 # Arrays that this process has open for reading: a task that gets one again need not map it again.
-_open_now: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
+_open_now: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
 
 def _open(path: str, key: tuple[int, int], dtype: Any, shape: tuple[int, ...], order: Any, mode: str | None) -> Any:
@@ -205,8 +252,23 @@ def _open(path: str, key: tuple[int, int], dtype: Any, shape: tuple[int, ...], o
     return array
 
 
+def _open_object(ref: objects.ObjectRef, dtype: Any, shape: tuple[int, ...], order: Any, mode: str | None) -> Any:
+    """In a worker on another machine: the array that is stored as `ref`. What may be written to is a copy of one's own,
+    made by the kernel page by page, as it is written to; the other machine's is not reached."""
+    import numpy
+
+    if mode != "r":
+        return numpy.ndarray(shape, dtype, objects.get(ref), order=order)
+    array = _open_now.get(ref)
+    if array is None:
+        array = _open_now[ref] = numpy.ndarray(shape, dtype, objects.get(ref), order=order)
+        array.flags.writeable = False
+    return array
+
+
 def _read_only(data: Any, dtype: Any, shape: tuple[int, ...], order: Any) -> Any:
-    """In a worker that cannot open the program's descriptors: the array from what came with the task."""
+    """In a worker on another machine: the array, for which there was no room in the store, from what came with the
+    task."""
     import numpy
 
     array = numpy.ndarray(shape, dtype, data, order=order)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import io
 import pickle
 import sys
+import threading
 from collections import ChainMap
 from multiprocessing.reduction import ForkingPickler
 
 from dpool import session
+from dpool.objects import ObjectRef
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
 # Buffers from this size on travel beside the pickle, without a copy into it. Smaller ones would cost more to handle
@@ -25,20 +27,36 @@ BESIDE_MIN_BYTES = 64 * 1024
 
 
 class Parcel:
-    """A pickle and the buffers that belong to it. Cheap to pickle again: nothing of it is looked at or copied."""
+    """A pickle, with the buffers and the refs that belong to it. Cheap to pickle again: nothing of it is looked at or
+    copied."""
 
-    __slots__ = ("data", "buffers")
+    __slots__ = ("refs", "data", "buffers")
 
-    def __init__(self, data: Any, *buffers: Any) -> None:
+    def __init__(self, refs: Sequence[ObjectRef], data: Any, *buffers: Any) -> None:
+        self.refs = refs
         self.data = data
         self.buffers = buffers
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return Parcel, (pickle.PickleBuffer(self.data), *map(pickle.PickleBuffer, self.buffers))
+        return Parcel, (self.refs, pickle.PickleBuffer(self.data), *map(pickle.PickleBuffer, self.buffers))
 
     def unpack(self) -> Any:
         """The value. Raises what its unpickling raises."""
-        return pickle.loads(self.data, buffers=self.buffers)
+        before = getattr(_unpacking, "refs", ())
+        _unpacking.refs = self.refs
+        try:
+            return pickle.loads(self.data, buffers=self.buffers)
+        finally:
+            _unpacking.refs = before
+
+
+_unpacking = threading.local()
+
+
+def _ref(number: int) -> ObjectRef:
+    """A ref of the parcel that is being unpacked in this thread."""
+    found: ObjectRef = _unpacking.refs[number]
+    return found
 
 
 def pack(value: Any, reduce_array: Callable[[Any], Any] | None = None) -> Parcel:
@@ -57,12 +75,13 @@ def pack(value: Any, reduce_array: Callable[[Any], Any] | None = None) -> Parcel
 
     out = io.BytesIO()
     pickler = _pickler()(out, protocol=5, buffer_callback=beside)
+    pickler.refs = []
     numpy = sys.modules.get("numpy")
     if numpy is not None and reduce_array is not None:
         pickler.arrays = (numpy.ndarray, numpy.memmap)
         pickler.reduce_array = reduce_array
     pickler.dump(value)
-    return Parcel(out.getvalue(), *buffers)  # without a copy: nothing else has the bytes
+    return Parcel(pickler.refs, out.getvalue(), *buffers)  # without a copy: nothing else has the bytes
 
 
 _class: Any = None
@@ -80,8 +99,13 @@ def _pickler() -> Any:
         dispatch_table = ChainMap(*base.dispatch_table.maps,
                                   ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
         arrays: tuple[type, ...] = ()
+        refs: list[ObjectRef]
 
         def reducer_override(self, obj: Any) -> Any:
+            if type(obj) is ObjectRef:
+                # It can be pickled where the parcel is sent, not here.
+                self.refs.append(obj)
+                return _ref, (len(self.refs) - 1,)
             if type(obj) in self.arrays:
                 reduced = self.reduce_array(obj)
                 if reduced is not NotImplemented:
