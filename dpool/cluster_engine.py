@@ -15,8 +15,13 @@ from dpool.cluster.driver.client import Client
 from dpool.cluster.driver.group import Group
 from dpool.cluster.driver.remote import ClusterPort
 from dpool.cluster.wire import keys as cluster_keys
+from dpool.cluster.wire.messages import Inside
 from dpool.engine import GroupSpec
 from dpool.errors import ForeignProcess
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from dpool.cluster.worker.home import Home
 
 # How long the head may take to answer.
 CONNECT_TIMEOUT_S = 10.0
@@ -28,11 +33,18 @@ class ClusterEngine:
     """Opens groups on the cluster at an address; implements dpool.engine.Engine.
 
     Raises KeyProblem without a good key, ValueError for an address that is none, ClusterError if no head of a dpool
-    cluster with that key answers there within CONNECT_TIMEOUT_S.
+    cluster with that key answers there within CONNECT_TIMEOUT_S. With `home`, in a worker, that is where the key and
+    all else is from.
     """
 
-    def __init__(self, address: str, key: str | os.PathLike[str] | None = None) -> None:
-        self._client = Client(cluster_keys.find(key), address)
+    def __init__(self, address: str, key: str | os.PathLike[str] | None = None, home: Home | None = None) -> None:
+        self._fetch = None
+        if home is None:
+            self._client = Client(cluster_keys.find(key), address)
+        else:
+            self._client = Client(cluster_keys.DriverKeys.of(home.keys), address,
+                                  inside=Inside(home.node, home.group, home.worker))
+            self._fetch = home.fetch
         self._pid = os.getpid()
         self._groups: weakref.WeakSet[Group] = weakref.WeakSet()
         try:
@@ -50,7 +62,7 @@ class ClusterEngine:
         if self._pid != os.getpid():
             raise ForeignProcess(f"this process was forked from {self._pid}, which is connected to a cluster: call "
                                  f"dpool.init() here to be connected, too")
-        port = ClusterPort(self._client, spec, replacing.installed())
+        port = ClusterPort(self._client, spec, replacing.installed(), self._fetch)
         port.open()
         group = Group(spec, port, port.supervisor)
         self._groups.add(group)

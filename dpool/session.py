@@ -1,11 +1,14 @@
 """Which engine this process uses now: the embedded one unless another is set or named. Asked by the doors.
 
+In a worker of a cluster that is the cluster: a task that opens a door drives the cluster that it runs on.
+
 Starts nothing until a door opens a group, or init() is called.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from multiprocessing import process
 
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from dpool.cluster.worker.home import Home
     from dpool.engine import Engine
 
 _engine: Any = None
@@ -23,14 +27,15 @@ _lock = threading.Lock()
 
 
 def current() -> Engine:
-    """The engine to open groups on: what init() or use() have set, else the cluster at DPOOL_ADDRESS, else the
-    embedded one. Raises what init() raises, if DPOOL_ADDRESS is set and nothing is connected yet."""
+    """The engine to open groups on: what init() or use() have set; else, in a worker of a cluster and what is forked
+    from it, that cluster; else the cluster at DPOOL_ADDRESS, else the embedded one. Raises what init() raises, if it is
+    a cluster and nothing is connected yet."""
     engine: Engine | None = _engine
     if engine is None or _pid != os.getpid():
         with _lock:
             engine = _engine
             if engine is None or (_pid != os.getpid() and hasattr(engine, "cpus")):
-                _set(_make(os.environ.get("DPOOL_ADDRESS") or None, None))
+                _set(_make(None, None))
                 engine = _engine
     assert engine is not None
     return engine
@@ -47,12 +52,13 @@ def prepare() -> None:
 
 def init(address: str | None = None, key: str | os.PathLike[str] | None = None) -> None:
     """Use the cluster at `address` (tcp://host:port) from here on, DPOOL_ADDRESS if it is None; without either, this
-    machine. `key` is the path of the key file; default: DPOOL_KEY_FILE, DPOOL_KEY, ~/.config/dpool/key.
+    machine. `key` is the path of the key file; default: DPOOL_KEY_FILE, DPOOL_KEY, ~/.config/dpool/key. In a task on a
+    cluster the default is that cluster, whatever DPOOL_ADDRESS says, and needs no key.
 
     Blocks until the head has answered, ten seconds at most. Raises ValueError for an address that is none,
     dpool.errors.KeyProblem without a good key, and dpool.errors.ClusterError if there is no such cluster.
     """
-    engine = _make(address or os.environ.get("DPOOL_ADDRESS") or None, key)
+    engine = _make(address, key)
     with _lock:
         _set(engine)
 
@@ -88,13 +94,24 @@ def _check_variables() -> None:
 
 def _make(address: str | None, key: str | os.PathLike[str] | None) -> Any:
     _check_variables()
-    if address is None:
+    home = _home() if not address else None
+    address = home.address if home is not None else address or os.environ.get("DPOOL_ADDRESS")
+    if not address:
         from dpool.embedded import EmbeddedEngine
 
         return EmbeddedEngine()
     from dpool.cluster_engine import ClusterEngine
 
-    return ClusterEngine(address, key)
+    return ClusterEngine(address, key, home)
+
+
+def _home() -> Home | None:
+    """The cluster that this process is in a worker of, if it is. Raises ClusterError if the node does not say."""
+    if "dpool.cluster.worker.modules" not in sys.modules:
+        return None  # every worker of a cluster has it
+    from dpool.cluster.worker import home
+
+    return home.find()
 
 
 def default_processes(needs: Mapping[str, float] | None = None) -> int:

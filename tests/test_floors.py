@@ -36,7 +36,7 @@ FLOORS: dict[str, set[str]] = {
     "testing": STORE | {"cluster.driver", "cluster.node", "cluster.worker"},
     "embedded": BASE | {"cluster.driver", "cluster.node"},
     "cluster_engine": WIRE | {"cluster.driver", "replacing"},
-    "session": WIRE | {"cluster.node", "embedded", "cluster_engine"},
+    "session": WIRE | {"cluster.node", "cluster.worker", "embedded", "cluster_engine"},
     "multiprocessing": DOOR,
     "concurrent": DOOR,
     "asyncio": DOOR,

@@ -195,7 +195,8 @@ def _status(options: argparse.Namespace) -> int:
              f"{node.tasks_done} done" + _resources(node))
     for driver in report.drivers:
         workers = sum(sum(parts.values()) for parts in driver.groups.values())
-        _say(f"  driver {driver.driver[:8]} {driver.host} process {driver.pid}: {len(driver.groups)} groups, "
+        place = f" in a task of group {driver.inside[:8]}" if driver.inside else ""
+        _say(f"  driver {driver.driver[:8]} {driver.host} process {driver.pid}{place}: {len(driver.groups)} groups, "
              f"{workers} workers")
     return 0
 

@@ -104,6 +104,8 @@ class DpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
                 warnings.warn("dpool-backed parallel loops cannot be called in a daemonic process of "
                               "multiprocessing's, setting n_jobs=1", stacklevel=3)
             return 1
+        if worker.budget == 1:
+            return 1  # whatever the capacity is, which in a task on a cluster is asked of its head
         if n_jobs < 0:
             n_jobs = max(_capacity() + 1 + n_jobs, 1)
         if worker.budget is not None:

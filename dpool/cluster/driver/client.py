@@ -16,7 +16,7 @@ from collections.abc import Callable
 import msgspec
 
 from dpool.cluster.wire import messages, sessions
-from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, Keys
+from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, DriverKeys, Keys
 from dpool.cluster.wire.links import Dialer
 from dpool.cluster.wire.messages import GroupState, Part, Placed
 from dpool.cluster.wire.surroundings import Surroundings
@@ -77,11 +77,14 @@ class Pulse:
 class Client:
     """Connects at once, in the background; connect() says how that went. Raises ValueError for a bad address.
 
-    With `around` it has no thread: whoever gives it that calls step().
+    `inside` is the worker in which this driver runs, if it runs in one. With `around` it has no thread: whoever gives
+    it that calls step().
     """
 
-    def __init__(self, keys: Keys, address: str, around: Surroundings | None = None) -> None:
+    def __init__(self, keys: Keys | DriverKeys, address: str, around: Surroundings | None = None,
+                 inside: messages.Inside | None = None) -> None:
         self.keys = keys
+        self._inside = inside
         self.address = address
         self.around = around or Surroundings(keys)
         self.id = self.around.new_id()
@@ -235,7 +238,7 @@ class Client:
         groups = [GroupState(one.group, one.wanted, one.epoch, [Part(node, n) for node, n in one.parts.items()],
                              one.avoid, one.needs) for one in self._standings.values()]
         return self._head.send((messages.encode(messages.DriverState(
-            self.id, self._number, self._host, self._pid, self._versions, groups)),))
+            self.id, self._number, self._host, self._pid, self._versions, groups, self._inside)),))
 
     def _receive(self) -> None:
         self._head.watch()

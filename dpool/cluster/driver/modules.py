@@ -1,7 +1,8 @@
 """Answers workers that ask for a module, or for a data file of a package: the program's own, as it has imported them.
 
 Reads files and imports nothing: a question runs no code here. What is installed belongs on the node, too, and is never
-sent. Called by driver/remote.py.
+sent. A driver that is a worker itself passes questions on to its own driver, about what it has from there or does not
+have. Called by driver/remote.py.
 
 A question is the name of a module, or that of a package, a NUL, and the path of a file or directory in it. An answer is
 a line of JSON, and what it speaks of after it.
@@ -25,24 +26,35 @@ from dpool.cluster.wire.functions import code_digest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
+    Fetch = Callable[[str], bytes | None]
 
-def answer(question: str) -> bytes | None:
-    """The answer to a worker's question; None if there is nothing here that it asks for."""
+
+def answer(question: str, fetch: Fetch | None = None) -> bytes | None:
+    """The answer to a worker's question; None if there is nothing here that it asks for. `fetch`, in a driver that is a
+    worker, asks the driver of that worker the same."""
     name, is_data, path = question.partition("\0")
     parts = name.split(".")
     if not all(part.isidentifier() for part in parts) or parts[0] in sys.stdlib_module_names or parts[0] == "__main__":
         return None
     try:
         spec = getattr(sys.modules.get(name), "__spec__", None) or _find(parts)
+        if fetch is not None and (spec is None or _is_fetched(spec)):
+            return fetch(question)
         if spec is None:
             return None
         return _data(spec, path) if is_data else _module(spec)
     except Exception as error:  # a module may be anything; the worker's import fails, and nothing else
         _warn(f"{name} cannot be sent to workers on other machines: {type(error).__name__}: {error}", name)
         return None
+
+
+def _is_fetched(spec: ModuleSpec) -> bool:
+    """Whether a module has come from a driver: it has an origin, if only an empty one, and no file there. The import
+    machinery's own have a file, or are namespaces and have no origin."""
+    return not spec.has_location and spec.origin is not None
 
 
 def _answer(content: bytes = b"", **header: Any) -> bytes:

@@ -13,7 +13,7 @@ import struct
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import process as mp_process
 from typing import Any
 
@@ -156,10 +156,12 @@ class ClusterPort:
     splits = True
     shares_memory = False
 
-    def __init__(self, client: Client, spec: GroupSpec, replaces: bool = False) -> None:
+    def __init__(self, client: Client, spec: GroupSpec, replaces: bool = False,
+                 fetch: Callable[[str], bytes | None] | None = None) -> None:
         self.client = client
         self.spec = spec
         self._replaces = replaces
+        self._fetch = fetch  # see driver/modules.py
         self._now = client.around.now
         self.group = client.around.new_id()
         self.processes: list[Any] = []
@@ -632,7 +634,7 @@ class ClusterPort:
             self._answer(node, message)
 
     def _answer(self, node: Node, message: messages.Wanted) -> None:
-        found = answer(message.name)
+        found = answer(message.name, self._fetch)
         if found is None:
             self._post(node, messages.Found(message.request, False))
             return

@@ -7,6 +7,7 @@ Called by head/server.py, and by the simulation.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from dpool import resources
@@ -204,9 +205,10 @@ class Membership:
                 most = max(int(state.cpus / share), 1) - has.get(id, 0)
                 wants[id] = has.get(id, 0) + max(min(most, room.get(id, most)), 0)
         elif nodes:
-            load = self._load(group.group)
+            waiting = self._waiting()
+            load = self._load(group.group, waiting)
             cpus = {id: max(state.cpus, 1) / share for id, state in nodes.items()}
-            before = {id: load.get(id, 0.0) / share + has.get(id, 0) for id in nodes}
+            before = {id: load.get(id, 0.0) / share + _busy(has.get(id, 0), waiting, id, group.group) for id in nodes}
             for id, more in spread(missing, cpus, before, room).items():
                 wants[id] = wants.get(id, 0) + more
         wants = {id: workers for id, workers in wants.items() if workers}
@@ -229,11 +231,18 @@ class Membership:
                     for part in parts:
                         yield group, part
 
-    def _load(self, besides: bytes) -> dict[bytes, float]:
+    def _waiting(self) -> Counter[tuple[bytes, bytes]]:
+        """How many workers of each node and group have a group of their own. Such a worker is taken to wait for it, and
+        its CPUs to be free; whatever else it has it keeps."""
+        parents = {driver.state.inside for driver in self.drivers.values() if driver.state.groups}
+        return Counter((parent.node, parent.group) for parent in parents if parent is not None)
+
+    def _load(self, besides: bytes, waiting: Mapping[tuple[bytes, bytes], int]) -> dict[bytes, float]:
         """CPUs of each node that workers of other groups take."""
         load: dict[bytes, float] = {}
         for group, part in self._others(besides):
-            load[part.node] = load.get(part.node, 0.0) + part.workers * group.needs.get(resources.CPUS, 1.0)
+            busy = _busy(part.workers, waiting, part.node, group.group)
+            load[part.node] = load.get(part.node, 0.0) + busy * group.needs.get(resources.CPUS, 1.0)
         return load
 
     def _room(self, group: GroupState, nodes: Mapping[bytes, NodeState], has: Mapping[bytes, int]) -> dict[bytes, int]:
@@ -263,7 +272,9 @@ class Membership:
                 for part in group.parts:
                     workers[part.node] = workers.get(part.node, 0) + part.workers
                     resources.add(used.setdefault(part.node, {}), group.needs, part.workers)
-            drivers.append(DriverReport(id.hex(), driver.state.host, driver.state.pid, groups))
+            inside = driver.state.inside
+            drivers.append(DriverReport(id.hex(), driver.state.host, driver.state.pid, groups,
+                                        inside.group.hex() if inside is not None else ""))
         nodes = [NodeReport(id.hex(), node.state.host, node.state.addresses, node.state.cpus, node.state.memory_bytes,
                             sum(node.state.groups.values()), node.state.tasks_running, node.state.tasks_done,
                             node.state.versions.python, node.state.versions.dpool, round(now - node.seen, 3),
@@ -283,6 +294,12 @@ class Membership:
             epochs = {group.group: group.epoch for group in driver.state.groups}
             for group, placed in driver.placed.items():
                 assert group in epochs and placed.epoch > epochs[group]
+
+
+def _busy(workers: int, waiting: Mapping[tuple[bytes, bytes], int], node: bytes, group: bytes) -> int:
+    """Of a group's workers on a node those that do not wait for workers of their own. What drivers say of the worker
+    they are in may be older than what is said of the group."""
+    return max(workers - waiting.get((node, group), 0), 0)
 
 
 def spread(workers: int, cpus: Mapping[bytes, float], load: Mapping[bytes, float],

@@ -32,6 +32,7 @@ from dpool.cluster.wire.events import MESSAGE
 from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, Keys
 from dpool.cluster.wire.links import Frame, Received, address_of
 from dpool.cluster.wire.surroundings import Surroundings
+from dpool.cluster.worker import home
 from dpool.engine import GroupSpec
 from dpool.resources import MEMORY, Lacking, Stock
 
@@ -107,6 +108,7 @@ class Agent:
                  log: Callable[[str], object], orphan_after_s: float = ORPHAN_AFTER_S,
                  around: Surroundings | None = None, make_workers: MakeWorkers | None = None) -> None:
         self._around = around or Surroundings(keys)
+        self._driver_keys = keys.for_drivers()
         self._log = log
         self._orphan_after_s = orphan_after_s
         try:
@@ -429,6 +431,7 @@ class Agent:
             self._post(part, messages.Failed(f"the node on {socket.gethostname()} cannot be used: {conflict}"))
             return
         part.group = message.group
+        part.questions.home = home.answer(self._head.address, self.id, message.group, self._driver_keys.texts())
         try:
             part.workers = workers = self._make_workers(part, message)
         except Lacking as error:
@@ -597,7 +600,7 @@ class Agent:
             part.paused = True
             self._waker.remove(part.output.descriptors)
 
-    # -- modules of the driver's
+    # -- what workers ask: for modules of the driver's, and for the cluster they belong to
 
     def _on_question(self, part: Part) -> None:
         wanted = part.questions.ask()

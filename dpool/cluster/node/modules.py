@@ -1,7 +1,7 @@
 """What workers of this node have asked drivers for, modules and data files: each travels to the node once.
 
 Keeps answers by the digest of their content, within bounds, for all groups; looks into none. Called by node/agent.py,
-which sends what is returned here to the driver.
+which sends what is returned here to the driver. One question is the node's own to answer: which cluster this is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import socket
 from collections import OrderedDict
 
 from dpool.cluster.wire.messages import MAX_QUESTION_BYTES, Found, Wanted, digest_of
+from dpool.cluster.worker.home import QUESTION
 
 # More: groups of the same program find more of what an earlier one has fetched. Fewer: less memory.
 MAX_KEPT = 4096
@@ -47,6 +48,7 @@ class Questions:
     def __init__(self, asked: socket.socket, library: Library) -> None:
         self._asked = asked
         self._library = library
+        self.home: bytes | None = None  # the answer to the node's own question; secret, and kept nowhere else
         self._numbers: dict[int, str] = {}  # of what was passed on -> the question
         self._waiting: dict[str, list[int]] = {}  # question -> the sockets of those who ask
         self._known: dict[str, bytes | None] = {}  # question -> the digest of the answer, None if there is none
@@ -60,6 +62,9 @@ class Questions:
         if len(descriptors) != 1:
             return None
         question, asker = data.decode("utf-8", "replace"), descriptors[0]
+        if question == QUESTION:
+            _tell(asker, self.home)
+            return None
         if question in self._waiting:
             self._waiting[question].append(asker)
             return None

@@ -1,5 +1,7 @@
 """The cluster's secret: where its file is, what a good one looks like, and the key pairs derived from it.
 
+A worker that is to be a driver gets the driver's key pair alone (DriverKeys), never the secret.
+
 Reads and makes key files and derives; opens no socket, and never prints or logs a secret. Used by everything that binds
 or connects.
 """
@@ -88,8 +90,54 @@ class Keys:
     def public(self, role: str) -> bytes:
         return self.pair(role)[0]
 
+    def for_drivers(self) -> DriverKeys:
+        """What of it a driver needs, and nobody else can use."""
+        return DriverKeys(self.id, self.pair(DRIVER), {role: self.public(role) for role in (HEAD, AGENT)})
+
     def __repr__(self) -> str:
         return f"<Keys {self.id}>"
+
+    def __reduce__(self) -> str:
+        raise TypeError("the keys of a cluster are not for pickling")
+
+
+class DriverKeys:
+    """Of the keys of a cluster those with which a process can be a driver, and neither head nor node.
+
+    The secret cannot be computed from them, nor the key pair of another role. Stands for Keys where somebody connects;
+    nobody can listen with it.
+    """
+
+    __slots__ = ("id", "_pair", "_public")
+
+    def __init__(self, id: str, pair: tuple[bytes, bytes], public: dict[str, bytes]) -> None:
+        self.id = id
+        self._pair = pair
+        self._public = public  # of the roles that a driver connects to
+
+    def pair(self, role: str) -> tuple[bytes, bytes]:
+        """See Keys.pair(). Raises ValueError for every role but the driver's."""
+        if role != DRIVER:
+            raise ValueError(f"these keys are a driver's, not for the role {role!r}")
+        return self._pair
+
+    def public(self, role: str) -> bytes:
+        return self._pair[0] if role == DRIVER else self._public[role]
+
+    def texts(self) -> dict[str, str]:
+        """As a node hands them to a worker of its own. Secret."""
+        return {"id": self.id, DRIVER: self._pair[1].decode(), **{role: key.decode() for role, key in
+                                                                   self._public.items()}}
+
+    @classmethod
+    def of(cls, texts: dict[str, str]) -> DriverKeys:
+        """The keys that texts() has written down."""
+        secret = texts[DRIVER].encode()
+        return cls(texts["id"], (zmq.curve_public(secret), secret), {role: texts[role].encode()
+                                                                     for role in (HEAD, AGENT)})
+
+    def __repr__(self) -> str:
+        return f"<DriverKeys {self.id}>"
 
     def __reduce__(self) -> str:
         raise TypeError("the keys of a cluster are not for pickling")

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import zmq
 
 from dpool.cluster.wire.bell import Bell
-from dpool.cluster.wire.keys import AGENT, DRIVER, Keys
+from dpool.cluster.wire.keys import AGENT, DRIVER, DriverKeys, Keys
 
 # A frame is a control message, a batch, or a chunk of a segment: nothing is larger.
 MAX_FRAME_BYTES = 4 << 20
@@ -189,8 +189,8 @@ class Dialer:
     """The side that connects: one connection to one address. With `again` it is made anew, as long as it takes,
     whenever it breaks; what was under way is lost then."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: Keys, role: str, server: str, address: str,
-                 again: bool = False) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: Keys | DriverKeys, role: str, server: str,
+                 address: str, again: bool = False) -> None:
         parse_address(address)
         self.address = address
         self._socket = context.socket(zmq.DEALER)

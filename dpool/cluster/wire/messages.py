@@ -95,8 +95,17 @@ class GroupState(msgspec.Struct, frozen=True):
     needs: Amounts = {}
 
 
+class Inside(msgspec.Struct, frozen=True):
+    """A worker in which a driver runs, the worker itself or a process that its task has forked: its node, the group
+    that it is a worker of, and its pid there."""
+
+    node: Id
+    group: Id
+    pid: Number
+
+
 class DriverState(Message, frozen=True):
-    """A driver to the head: I am here, these are my groups."""
+    """A driver to the head: I am here, these are my groups. `inside` a worker if it is a task that drives."""
 
     driver: Id
     number: Number
@@ -104,6 +113,7 @@ class DriverState(Message, frozen=True):
     pid: Number
     versions: Versions
     groups: list[GroupState] = []
+    inside: Inside | None = None
 
 
 # -- the head's answers
@@ -167,12 +177,13 @@ class NodeReport(msgspec.Struct, frozen=True):
 
 
 class DriverReport(msgspec.Struct, frozen=True):
-    """One driver in a Report; `groups` is group -> node -> workers."""
+    """One driver in a Report; `groups` is group -> node -> workers, `inside` the group that it is in a worker of."""
 
     driver: str
     host: str
     pid: int
     groups: dict[str, dict[str, int]]
+    inside: str = ""
 
 
 class Report(Message, frozen=True):

@@ -11,20 +11,22 @@ import time
 
 import zmq
 
-from dpool.cluster.wire.keys import Keys
+from dpool.cluster.wire.keys import DriverKeys, Keys
 from dpool.cluster.wire.links import Dialer, Listener, Waker, local_host
 
 
 class Surroundings:
     """The real world."""
 
-    def __init__(self, keys: Keys) -> None:
+    def __init__(self, keys: Keys | DriverKeys) -> None:
         self._keys = keys
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.now = time.monotonic
 
     def listener(self, role: str, address: str) -> Listener:
         """Raises ValueError for a bad address, OSError for one that is taken."""
+        if isinstance(self._keys, DriverKeys):
+            raise TypeError("a driver does not listen, and its keys are not for that")
         return Listener(self._context, self._keys, role, address)
 
     def dialer(self, role: str, server: str, address: str, again: bool = False) -> Dialer:

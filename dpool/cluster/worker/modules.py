@@ -30,6 +30,11 @@ def install(descriptor: int) -> None:
     sys.meta_path.append(_finder)
 
 
+def finder() -> Finder | None:
+    """That of this worker, or of the worker that this process was forked from; None in any other process."""
+    return _finder
+
+
 def explain(error: ModuleNotFoundError) -> None:
     """Say what is to be done, where the driver has a module that it does not send."""
     why = _finder.refused.get(error.name or "") if _finder is not None else None
@@ -45,6 +50,7 @@ class Finder:
 
     def __init__(self, asks: socket.socket) -> None:
         self._asks = asks
+        self.pid = os.getpid()
         self._missing: set[str] = set()
         self.refused: dict[str, str] = {}  # modules that are where the program runs, and why they are not sent
 
@@ -67,6 +73,16 @@ class Finder:
 
     def ask(self, question: str) -> tuple[dict[str, Any], bytes]:
         """What the driver says of a question, and what belongs to it; nothing if it has no answer."""
+        answer = self.fetch(question)
+        if answer is None:
+            return {}, b""
+        import json
+
+        header, _, content = answer.partition(b"\n")
+        return json.loads(header), content
+
+    def fetch(self, question: str) -> bytes | None:
+        """The answer as it is. Any thread may ask, and any process that was forked from the worker."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             try:
@@ -75,14 +91,11 @@ class Finder:
                 ours.settimeout(ANSWER_TIMEOUT_S)
                 _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
             except OSError:
-                return {}, b""
+                return None
         if not descriptors:
-            return {}, b""
-        import json
-
+            return None
         with open(descriptors[0], "rb") as file:
-            header, _, content = file.read().partition(b"\n")
-        return json.loads(header), content
+            return file.read()
 
 
 class Loader:

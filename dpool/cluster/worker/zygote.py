@@ -98,6 +98,9 @@ def _tell(status: int, pidfd: int) -> None:
 
 
 def _become_worker(request: dict[str, Any], given: dict[str, int]) -> NoReturn:
+    import atexit
+    from multiprocessing import util
+
     code = 1
     try:
         os.dup2(given.pop("output"), 1)
@@ -106,7 +109,13 @@ def _become_worker(request: dict[str, Any], given: dict[str, int]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)  # the node's own may be to ignore them
-        code = _run_worker(request, given)
+        if sys.version_info < (3, 13):
+            code = _run_worker(request, given)
+        else:  # there the end of a process is left to whoever forks it: finalizers, the pools of tasks among them
+            atexit._clear()
+            atexit.register(util._exit_function)  # type: ignore[attr-defined]
+            code = _run_worker(request, given)
+            atexit._run_exitfuncs()
     except BaseException:
         import traceback
 
