@@ -171,6 +171,13 @@ def after_init(address: str, key: str) -> tuple[int, int]:
     return found
 
 
+def drive_unless(directory: str, pid: int) -> int:
+    """Leave a pool of two open, unless this is that worker."""
+    if os.getpid() != pid:
+        keep_a_pool(directory, 2, False)
+    return os.getpid()
+
+
 _kept: list[Any] = []
 
 

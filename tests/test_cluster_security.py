@@ -5,10 +5,12 @@ It speaks to real heads and nodes over TCP, raw and through ZeroMQ. The rules of
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import select
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -18,16 +20,18 @@ from pathlib import Path
 
 import deeds
 import msgspec
+import nested_tasks as tasks
 import pytest
 import zmq
 from clusters import ROOT, Cluster, Driver, until
 
+from dpool.cli.commands import ask
 from dpool.cluster.head.server import Head
 from dpool.cluster.node import machine
 from dpool.cluster.node.agent import Agent
 from dpool.cluster.wire import keys as cluster_keys
 from dpool.cluster.wire import links, messages, sessions
-from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, Keys
+from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, DriverKeys, Keys
 from dpool.cluster_engine import ClusterEngine
 from dpool.errors import ClusterError, KeyProblem
 from dpool.multiprocessing import Pool
@@ -139,6 +143,100 @@ def _what_a_worker_knows(_: object) -> tuple[dict[str, str], str, list[str]]:
             continue
     with open("/proc/self/cmdline") as file:
         return dict(os.environ), file.read(), names
+
+
+def _memory(pid: int) -> Iterator[bytes]:
+    """What a process has in its memory, and in the files that it has open."""
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            place, rights, *_ = line.split()
+            if rights[0] != "r" or line.rstrip().endswith(("[vvar]", "[vvar_vclock]", "[vsyscall]")):
+                continue
+            first, last = (int(number, 16) for number in place.split("-"))
+            try:
+                memory.seek(first)
+                yield memory.read(last - first)
+            except OSError:
+                continue  # of a file that has become shorter
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        path = f"/proc/{pid}/fd/{name}"
+        if stat.S_ISREG(os.stat(path).st_mode):
+            with open(path, "rb") as file:
+                yield file.read()
+    for name in ("environ", "cmdline"):
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            yield file.read()
+
+
+def _holds(pid: int, *needles: bytes) -> set[bytes]:
+    """Which of these bytes a process has anywhere."""
+    return {needle for piece in _memory(pid) for needle in needles if needle in piece}
+
+
+def test_workers_never_have_the_secret_and_those_that_drive_have_a_driver_s_keys(cluster: Cluster,
+                                                                                 tmp_path: Path) -> None:
+    try:
+        open(f"/proc/{cluster.nodes[0].pid}/mem", "rb").close()
+    except PermissionError:
+        pytest.skip("the memory of other processes cannot be read here")
+    text = cluster.keys.text().partition(":")[2]
+    secrets = {base64.b64decode(text), text.encode().rstrip(b"=")}
+    role = cluster.keys.pair(DRIVER)[1]
+    others = {cluster.keys.pair(other)[1] for other in (HEAD, AGENT)}
+    with Driver(cluster), Pool(2) as pool:
+        idle, parent = (process.pid for process in pool._pool)  # type: ignore[attr-defined]
+        assert not _holds(idle, *secrets, role, *others)
+        while pool.apply(tasks.drive_unless, (str(tmp_path / "never"), idle)) != parent:
+            pass
+        below = set(map(int, os.listdir(tmp_path / "never")))
+        assert len(below) == 2
+        assert _holds(parent, *secrets, role, *others) == {role}
+        for worker in (idle, *below):
+            assert not _holds(worker, *secrets, role, *others)
+        # The search finds what is there: the node has both.
+        assert _holds(cluster.nodes[0].pid, *secrets, role) >= {role, base64.b64decode(text)}
+
+
+def test_a_driver_s_keys_are_no_node_s_and_no_head_s(cluster: Cluster, addresses: list[str]) -> None:
+    keys = DriverKeys.of(cluster.keys.for_drivers().texts())
+    context = zmq.Context()
+    opened: list[links.Dialer] = []
+    try:
+        dialer = links.Dialer(context, keys, DRIVER, HEAD, addresses[0])
+        opened.append(dialer)
+        # It is let in as a driver, and what it says of nodes is not listened to.
+        until(lambda: dialer.watch() or dialer.connected, "connected")
+        dialer.send((messages.encode(messages.NodeState(bytes(16), 1, "false", ["tcp://127.0.0.1:1"], 1000,
+                                                        messages.Versions.here())),))
+        assert len(_nodes(cluster)) == 1
+        for role in (HEAD, AGENT):
+            with pytest.raises(ValueError, match="a driver's"):
+                links.Dialer(context, keys, role, HEAD, addresses[0])
+            with pytest.raises(ValueError, match="a driver's"):
+                links.Listener(context, keys, role, "tcp://127.0.0.1:0")  # type: ignore[arg-type]
+        # Who listens with them by hand is taken for neither.
+        server = context.socket(zmq.ROUTER)
+        server.setsockopt(zmq.CURVE_SERVER, 1)
+        server.setsockopt(zmq.CURVE_PUBLICKEY, keys.pair(DRIVER)[0])
+        server.setsockopt(zmq.CURVE_SECRETKEY, keys.pair(DRIVER)[1])
+        port = server.bind_to_random_port("tcp://127.0.0.1")
+        for mine, role in ((AGENT, HEAD), (DRIVER, HEAD), (DRIVER, AGENT)):
+            victim = links.Dialer(context, cluster.keys, mine, role, f"tcp://127.0.0.1:{port}")
+            opened.append(victim)
+            until(lambda victim=victim: victim.watch() or victim.broken, "refused")  # type: ignore[misc]
+            assert not victim.connected
+        server.close(0)
+    finally:
+        for dialer in opened:
+            dialer.close()
+        context.term()
+    works(cluster)
+
+
+def _nodes(cluster: Cluster) -> list[messages.NodeReport]:
+    report = ask(cluster.keys, cluster.address, messages.Ask())
+    assert isinstance(report, messages.Report)
+    return report.nodes
 
 
 # -- strangers

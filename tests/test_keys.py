@@ -11,7 +11,8 @@ import pytest
 import zmq
 
 from dpool.cluster.wire import keys
-from dpool.cluster.wire.keys import Keys
+from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, ROLES, DriverKeys, Keys
+from dpool.cluster.wire.surroundings import Surroundings
 from dpool.errors import KeyProblem
 
 
@@ -130,3 +131,32 @@ def test_a_key_shows_only_its_id() -> None:
     assert one.id in repr(one) and one.text().partition(":")[2] not in repr(one)
     with pytest.raises(TypeError):
         pickle.dumps(one)
+
+
+# -- what a worker that drives is given
+
+
+def test_a_driver_s_keys_say_nothing_of_the_secret() -> None:
+    whole = Keys.new()
+    mine = whole.for_drivers()
+    again = DriverKeys.of(mine.texts())
+    assert again.pair(DRIVER) == mine.pair(DRIVER) == whole.pair(DRIVER)
+    assert {role: again.public(role) for role in ROLES} == {role: whole.public(role) for role in ROLES}
+    assert again.id == whole.id
+    secret = whole.text().partition(":")[2]
+    texts = " ".join(mine.texts().values())
+    assert secret not in texts and not any(whole.pair(role)[1].decode() in texts for role in (HEAD, AGENT))
+    assert whole.pair(DRIVER)[1].decode() not in repr(mine)
+    with pytest.raises(TypeError, match="not for pickling"):
+        pickle.dumps(mine)
+
+
+def test_a_driver_s_keys_serve_no_other_role() -> None:
+    mine = Keys.new().for_drivers()
+    for role in (HEAD, AGENT, "other"):
+        with pytest.raises(ValueError, match="a driver's"):
+            mine.pair(role)
+    around = Surroundings(mine)
+    with pytest.raises(TypeError, match="does not listen"):
+        around.listener(AGENT, "tcp://127.0.0.1:0")
+    around.end()
