@@ -81,6 +81,7 @@ class Listener:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: Keys, role: str, address: str) -> None:
         host, port = parse_address(address, any_port=True)
+        public, secret = keys.pair(role)
         self._allowed = {keys.public(name): name for name in (AGENT, DRIVER)}
         self._zap = context.socket(zmq.REP)
         self._zap.setsockopt(zmq.LINGER, 0)
@@ -91,7 +92,6 @@ class Listener:
         self._socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
         self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         self._socket.setsockopt(zmq.CURVE_SERVER, 1)
-        public, secret = keys.pair(role)
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
@@ -192,10 +192,10 @@ class Dialer:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: Keys | DriverKeys, role: str, server: str,
                  address: str, again: bool = False) -> None:
         parse_address(address)
+        public, secret = keys.pair(role)
         self.address = address
         self._socket = context.socket(zmq.DEALER)
         _prepare(self._socket)
-        public, secret = keys.pair(role)
         self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.public(server))
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
