@@ -34,6 +34,11 @@ def task(path, value):
     time.sleep(0.01)
     return value, os.uname().nodename
 
+def nested(count):
+    with Pool(count) as pool:
+        hosts = {host for _, host in pool.starmap(task, [("", value) for value in range(100)], chunksize=1)}
+        return os.uname().nodename, sorted(hosts), sorted({process.host for process in pool._pool})
+
 if __name__ == "__main__":
     pool = Pool(4)
     running = None
@@ -51,6 +56,8 @@ if __name__ == "__main__":
             answer = running.get(100)
         elif order == "hosts":
             answer = sorted({process.host for process in pool._pool})
+        elif order == "nested":
+            answer = pool.map(nested, [4] * arguments[0], chunksize=1)
         elif order == "sessions":
             answer = sorted(key.hex() for key in pool._group.port._nodes)
         print(json.dumps(answer), flush=True)
@@ -148,6 +155,14 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 def test_hosts_share_neither_memory_nor_files_nor_processes(lab: Lab) -> None:
     lab.ask("start", 100)
     assert set(lab.result(100)) == {"h1", "h2"}
+
+
+def test_the_pools_of_tasks_have_workers_on_both_hosts(lab: Lab) -> None:
+    """With four parents on four CPUs: two on each host."""
+    found = lab.ask("nested", 4)
+    assert isinstance(found, list)
+    assert {host for host, _, _ in found} <= {"h1", "h2"}
+    assert [rest for _, *rest in found] == [[["h1", "h2"], ["h1", "h2"]]] * 4
 
 
 @pytest.mark.parametrize("oneway", [False, True], ids=["both ways", "one way"])
