@@ -69,10 +69,10 @@ def map_in_a_pool(function: Callable[..., Any], items: Any) -> Any:
 def processes_of_a_pool() -> int:
     from dpool.multiprocessing import Pool
 
-    with Pool() as pool:
-        count = pool._processes
+    pool: Any = Pool()
+    with pool:
         deadline = time.monotonic() + 30
-        while len(pool._pool) < count and time.monotonic() < deadline:
+        while len(pool._pool) < pool._processes and time.monotonic() < deadline:
             time.sleep(0.01)
         return len(pool._pool)
 
@@ -201,7 +201,7 @@ def forget_a_pool() -> list[int]:
 
     from dpool.multiprocessing import Pool
 
-    pool = Pool(2)
+    pool: Any = Pool(2)
     pids = [process.pid for process in pool._pool]
     del pool
     gc.collect()

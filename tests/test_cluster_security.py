@@ -205,7 +205,7 @@ def test_a_driver_s_keys_are_no_node_s_and_no_head_s(cluster: Cluster, addresses
         dialer = links.Dialer(context, keys, DRIVER, HEAD, addresses[0])
         opened.append(dialer)
         # It is let in as a driver, and what it says of nodes is not listened to.
-        until(lambda: dialer.watch() or dialer.connected, "connected")
+        until(lambda: dialer.watch() or dialer.connected, "connected")  # type: ignore[func-returns-value]
         dialer.send((messages.encode(messages.NodeState(bytes(16), 1, "false", ["tcp://127.0.0.1:1"], 1000,
                                                         messages.Versions.here())),))
         assert len(_nodes(cluster)) == 1

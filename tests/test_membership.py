@@ -317,7 +317,7 @@ class Placements(RuleBasedStateMachine):
         workers = [(node, one.name) for _, groups in self.drivers.values() for one in groups for node in one.told]
         inside = data.draw(st.sampled_from([*workers, None, (self.name(), self.name())]))
         driver = self.name()
-        self.drivers[driver] = (Inside(*inside, pid) if inside is not None else None, [])
+        self.drivers[driver] = (Inside(inside[0], inside[1], pid) if inside is not None else None, [])
         self.say(driver)
 
     @precondition(lambda self: self.drivers)

@@ -293,7 +293,7 @@ def test_resources_of_a_parent_are_its_own(tmp_path: Path) -> None:
         node = cluster.command("node", cluster.address, "--cpus", "1", "--resources", "licence=1")
         cluster.nodes.append(node)
         node.expect("joined")
-        with Pool(1, resources={"licence": 1}) as pool:
+        with dpool.Pool(1, resources={"licence": 1}) as pool:
             assert "no node" in (said := pool.apply(tasks.lacks, ({"licence": 1},))) and "licence: 1" in said
             assert pool.apply(tasks.in_a_pool, (deeds.double, 2), {"resources": {"cpus": 0.5}}) == 4
         with Pool(1) as pool:

@@ -96,7 +96,8 @@ class Faults:
 
     def _pairs(self) -> list[tuple[str, str]]:
         """What is cut off: a host from all others, two from each other, or one way of either."""
-        hosts = ["head", *(node.host for node in self.history.nodes), *(one.name for one in self.history.drivers)]
+        drivers = [driver.name for driver in self.history.drivers if driver.inside is None]
+        hosts = ["head", *(node.host for node in self.history.nodes), *drivers]
         one = self.random.choice(hosts)
         others = [host for host in hosts if host != one]
         if self.random.random() < 0.5:

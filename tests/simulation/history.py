@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from random import Random
 from typing import Any, cast
 from unittest import mock
 
@@ -25,6 +26,7 @@ from dpool.cluster.driver.dispatch import Dispatch, Job
 from dpool.cluster.driver.functions import FunctionTable
 from dpool.cluster.driver.group import Group
 from dpool.cluster.driver.remote import ClusterPort
+from dpool.cluster.head.membership import Membership
 from dpool.cluster.head.server import Head
 from dpool.cluster.node.agent import ORPHAN_AFTER_S, Agent, Part
 from dpool.cluster.node.workers import Workers
@@ -47,6 +49,9 @@ DONE_WITHIN_S = 150.0
 FENCED_WITHIN_S = 20.0
 # After the last result nodes must have forgotten everything within this time: the lease of a driver, and a little.
 FORGOTTEN_WITHIN_S = 100.0
+# Where nothing happens to the network, the part of a driver that has died has ended within this time: what a node waits
+# for one whose connection has ended, and a little.
+DEAD_WITHIN_S = 8.0
 # No fault begins later.
 FAULTS_UNTIL_S = 30.0
 
@@ -152,14 +157,32 @@ class HeadMachine:
     """A head, until it is killed."""
 
     def __init__(self, history: History) -> None:
+        self.history = history
         self.process = Process(history.world, "head", "head")
         self.head = Head(KEYS, HEAD, history.world.say, Place(history.network, self.process))
         Thread(self.process, "head", self._step, cast(Waker, self.head._waker))
 
     def _step(self) -> bool:
         self.head.step()
-        self.head.membership.validate()
+        membership = self.head.membership
+        membership.validate()
+        if self.history.to_nest is not None and membership._load(b"", membership._waiting()) != _load(membership):
+            raise Violation("the head counts other CPUs than are taken")
         return True
+
+
+def _load(membership: Membership) -> dict[bytes, float]:
+    """CPUs of each node that are taken: a worker counts unless a driver in it has groups."""
+    drivers = membership.drivers.values()
+    taken: dict[bytes, float] = {}
+    for driver in drivers:
+        for group in driver.state.groups:
+            placed = driver.placed.get(group.group)
+            for part in placed.members if placed is not None else group.parts:
+                parents = {one.state.inside.pid for one in drivers if one.state.groups and one.state.inside is not None
+                           and (one.state.inside.node, one.state.inside.group) == (part.node, group.group)}
+                taken[part.node] = taken.get(part.node, 0.0) + max(part.workers - len(parents), 0)
+    return taken
 
 
 class NodeMachine:
@@ -201,6 +224,9 @@ class NodeMachine:
         if self.process.alive:
             self.process.die()
             self.history.network.died(self.process, silent)
+            for driver in self.history.drivers if silent else ():
+                if driver.process.host == self.host:
+                    driver.kill(silent=True)
             for part in self.agent._parts.values():
                 part.close()
 
@@ -210,15 +236,17 @@ class NodeMachine:
 
 
 class Driver:
-    """A program with one pool: the client's thread and the group's."""
+    """A program with one pool: the client's thread and the group's. One that is a task has the host of its node."""
 
-    def __init__(self, history: History, number: int, spec: GroupSpec) -> None:
+    def __init__(self, history: History, number: int, spec: GroupSpec, host: str = "",
+                 inside: messages.Inside | None = None) -> None:
         self.history = history
         self.spec = spec
         self.name = f"driver{number}"
-        self.process = Process(history.world, self.name, self.name)
+        self.inside = inside
+        self.process = Process(history.world, host or self.name, self.name)
         self.place = Place(history.network, self.process)
-        self.client = Client(KEYS, HEAD, self.place)
+        self.client = Client(KEYS, HEAD, self.place, inside)
         self.group: Group | None = None
         self.sinks: list[Sink] = []
         self.to_submit = 0
@@ -283,6 +311,9 @@ class Driver:
     def _open(self) -> None:
         history, random = self.history, self.history.world.random
         self.phase = "open"
+        known = history.head.head.membership.drivers.get(self.client.id)
+        if known is not None and known.state.inside != self.inside:
+            raise Violation(f"the head takes {self.name} for one in {known.state.inside}")
         port, spec = self.port, self.spec
         self.group = Group(spec, port, port.supervisor, self.process.now)
         watched = Watched(port.count, spec.retries, spec.max_tasks, port.splits)
@@ -336,6 +367,19 @@ class Driver:
                 self.group._store.lost((self.group, number))
             self.group._store.detach()
 
+    def end_with_worker(self) -> None:
+        """The worker that it is in has ended."""
+        if self.process.alive:
+            self.history.world.say(f"{self.name} ends with its worker")
+            self.kill()
+            if self.history.kind in (CALM, DEATHS):
+                self.history.world.after(DEAD_WITHIN_S, self._check_gone)
+
+    def _check_gone(self) -> None:
+        for node in self.history.nodes:
+            if node.process.alive and any(part.group == self.port.group for part in node.agent._parts.values()):
+                raise Violation(f"{node.host} has workers of {self.name} {DEAD_WITHIN_S:.0f} s after its death")
+
 
 class History:
     """A seed's history, of the kind that it chooses if none is given. run() raises Violation if something is wrong."""
@@ -360,6 +404,10 @@ class History:
         # Not the process's: that one keeps segments warm for whatever else the process does.
         self.store = store.Store(store.memory_bytes(), tempfile.gettempdir())
         self.jobs = 0
+        # How many tasks are still to become drivers; None where tasks do not. By a random of its own, so that all other
+        # histories are what they are without it.
+        self._nesting = Random(f"tasks that drive, seed {seed}")
+        self.to_nest = self._nesting.randint(1, 6) if self._nesting.random() < 0.25 else None
         self.gave_up = False  # a driver has given up a node
         self.begun: Counter[Key] = Counter()
         self.given_back: Counter[Key] = Counter()
@@ -459,16 +507,38 @@ class History:
             driver.to_submit = random.randint(1, 4) if self.kind in (CALM, DEATHS) else random.randint(2, 8)
             self.drivers.append(driver)
 
+    def _nest(self) -> None:
+        """Some worker's task becomes a driver of the cluster that it runs on. It does not wait for its pool."""
+        assert self.to_nest is not None
+        self.to_nest -= 1
+        parts = [(node, part) for node in self.nodes if node.process.alive for part in node.agent._parts.values()]
+        found = [(node, part, worker) for node, part in parts if part.workers is not None
+                 for worker in part.workers.by_slot.values() if worker.alive]
+        if not found:
+            return
+        random = self._nesting
+        node, part, worker = random.choice(found)
+        spec = GroupSpec(random.randint(1, 4), None, retries=random.randint(0, 2),  # type: ignore[arg-type]
+                         max_tasks=random.choice([None, 5]), all_cpus=random.random() < 0.2)
+        driver = Driver(self, len(self.drivers), spec, node.host,
+                        messages.Inside(node.agent.id, part.group, worker.pid))
+        self.world.say(f"{driver.name} is in worker {worker.slot} on {node.host}")
+        driver.to_submit = random.randint(1, 3)
+        self.drivers.append(driver)
+        worker.on_end.append(driver.end_with_worker)
+
     def _live(self) -> None:
         from .faults import plan
 
         quiet = plan(self)
+        for _ in range(self.to_nest or 0):
+            self.world.at(self._nesting.uniform(0.05, max(quiet, 3.0)), self._nest)
         until = quiet + DONE_WITHIN_S
         self.world.at(quiet + FENCED_WITHIN_S, self._check_fences)
 
         def finished() -> bool:
             least = quiet + FENCED_WITHIN_S if self.gave_up else quiet
-            return self.world.now >= least and all(driver.finished for driver in self.drivers)
+            return self.world.now >= least and not self.to_nest and all(driver.finished for driver in self.drivers)
 
         known = -1
         while not self.world.run(until, finished):

@@ -204,6 +204,10 @@ MUTANTS: dict[str, Mutant] = {
     "node: the driver's lease is too short": Mutant(agent_module, "DRIVER_LEASE_S", 3.0, BRIEF),
     "node: what is taken back runs as well": _around(Agent, "_steal", _steals_twice),
     "node: what waits is not handed over": _around(Agent, "_on_part", _hands_over_once),
+    "node: who is gone is waited for as long as who is silent": Mutant(agent_module, "BROKEN_AFTER_S", 1e9, DEATHS),
+    "driver: does not say that it is a task": _around(
+        Client, "__init__", lambda original, self, *args: original(self, *args[:3])),
+    "head: a worker that waits for its own counts": Mutant(Membership, "_waiting", lambda self: {}),
     "head: nobody is ever gone": Mutant(Membership, "tick", _places_on_the_gone),
     "head: placements are said once": _around(Membership, "_place", _says_placements_once, BRIEF),
 }

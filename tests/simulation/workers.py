@@ -58,6 +58,7 @@ class SimWorker:
         self.left = 1 << 62
         self.looked_at: list[int] = []  # segments of the driver's, until it is in another batch
         self.released: list[int] = []  # those that it looks at no more
+        self.on_end: list[Callable[[], None]] = []  # what ends with its process
 
     def let_go(self) -> None:
         pass
@@ -214,7 +215,7 @@ class SimWorkers:
             return
         self._closed = True
         for worker in self.by_slot.values():
-            worker.alive = False
+            self._over(worker)
         for _, descriptors in (*self._socket, *self._results):
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -230,13 +231,19 @@ class SimWorkers:
     def _die(self, worker: SimWorker, exitcode: int) -> None:
         if not worker.alive or self._closed:
             return
-        worker.alive = False
+        self._over(worker)
         worker.exitcode = exitcode
         held = self.keys.get(worker.batch) if worker.busy else None
         running = held[worker.task] if held and worker.task < len(held) else None
         self._on_died(worker, running)
         self._dead.append(worker)
         self.source.rise()
+
+    def _over(self, worker: SimWorker) -> None:
+        if worker.alive:
+            worker.alive = False
+            for what in worker.on_end:
+                self.world.after(0.0, what)  # this may be in the midst of anything
 
     def kill_one(self) -> bool:
         """A fault: some worker is killed; whether there was one."""
