@@ -155,9 +155,13 @@ def modules() -> set[str]:
     return set(sys.modules)
 
 
-def with_variable(address: str) -> tuple[int, int]:
+def with_variable(address: str, init: bool) -> tuple[int, int]:
     """In a pool of a task whose environment names a cluster that is not there."""
+    import dpool
+
     os.environ["DPOOL_ADDRESS"] = address
+    if init:
+        dpool.init()
     found: tuple[int, int] = in_a_pool(where)
     return found
 

@@ -349,17 +349,6 @@ def _put_into(shared: Any, value: int) -> None:
     shared[value] = value
 
 
-def _nested(count: int) -> list[int]:
-    with Pool(2) as pool:
-        found: list[int] = pool.map(deeds.double, range(count))
-        return found
-
-
-def test_a_pool_in_a_task_works_on_the_task_s_machine(driver: Cluster) -> None:
-    with Pool(2) as pool:
-        assert pool.map(_nested, [3, 4]) == [[0, 2, 4], [0, 2, 4, 6]]
-
-
 # -- modules that only the driver has
 
 

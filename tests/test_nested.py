@@ -152,9 +152,10 @@ def test_a_process_that_a_task_forks_opens_a_pool(how: str, driver: Cluster) -> 
 # -- which cluster
 
 
-def test_a_variable_in_the_node_s_environment_does_not_matter(driver: Cluster) -> None:
+@pytest.mark.parametrize("init", [False, True])
+def test_a_variable_in_the_node_s_environment_does_not_matter(init: bool, driver: Cluster) -> None:
     with Pool(1) as pool:
-        assert pool.apply(tasks.with_variable, ("tcp://127.0.0.1:1",))[0] in zygotes(driver)
+        assert pool.apply(tasks.with_variable, ("tcp://127.0.0.1:1", init))[0] in zygotes(driver)
 
 
 def test_a_task_that_names_a_cluster_uses_that_one(driver: Cluster, tmp_path: Path) -> None:
