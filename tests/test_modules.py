@@ -206,9 +206,9 @@ def test_a_module_travels_to_a_node_once(cluster: Cluster, tmp_path: Path) -> No
             asked, sent = [], []
             answer, post_pieces = remote.answer, remote.ClusterPort._post_pieces
 
-            def counted(question):
+            def counted(question, fetch):
                 asked.append(question)
-                return answer(question)
+                return answer(question, fetch)
 
             def posted(self, node, segment):
                 sent.append(segment)
