@@ -1,6 +1,6 @@
 """Owns what the tests of nested pools make workers do: tasks that open a door, and what those run.
 
-It imports no pytest, and doors only in those who open one. Used by test_nested.py, by name.
+It imports no pytest, and doors only in those who open one. Used by name, by the tests of clusters.
 """
 
 from __future__ import annotations

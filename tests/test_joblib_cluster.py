@@ -7,8 +7,9 @@ from typing import Any
 
 import executor_tasks as deeds
 import joblib_tasks as tasks
+import nested_tasks
 import pytest
-from clusters import Cluster, Driver
+from clusters import Cluster, Driver, children_of
 
 joblib = pytest.importorskip("joblib")
 numpy = pytest.importorskip("numpy")
@@ -19,7 +20,7 @@ import dpool  # noqa: E402
 from dpool.cluster.driver import remote  # noqa: E402
 from dpool.cluster.store.transfer import pieces  # noqa: E402
 from dpool.errors import WorkerDied  # noqa: E402
-from dpool.joblib import warm  # noqa: E402
+from dpool.joblib import backend, warm  # noqa: E402
 from dpool.joblib.backend import DpoolBackend  # noqa: E402
 
 
@@ -99,3 +100,13 @@ def test_faults_are_exceptions(cluster: Cluster) -> None:
 
 def test_a_parallel_in_a_task_on_a_node(cluster: Cluster) -> None:
     assert Parallel(2, backend="dpool")(delayed(tasks.nested)(count, "dpool") for count in range(4)) == [0, 0, 2, 6]
+
+
+def test_such_a_parallel_is_the_cluster_s_within_the_worker_s_share(cluster: Cluster,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six processors, as it were, each of two workers has three; all of the cluster would be four."""
+    monkeypatch.setattr(backend, "cpu_count", lambda: 6)
+    zygotes = {zygote for node in cluster.nodes for zygote in children_of(node.pid)}
+    for found, most in Parallel(2, backend="dpool")(delayed(nested_tasks.with_joblib)(20) for _ in range(2)):
+        assert {parent for parent, _ in found} <= zygotes
+        assert most == 3
