@@ -48,7 +48,7 @@ class Questions:
     def __init__(self, asked: socket.socket, library: Library) -> None:
         self._asked = asked
         self._library = library
-        self.home: bytes | None = None  # the answer to the node's own question; secret, and kept nowhere else
+        self.home: bytes | None = None  # the answer to the question that is the node's own. Secret
         self._numbers: dict[int, str] = {}  # of what was passed on -> the question
         self._waiting: dict[str, list[int]] = {}  # question -> the sockets of those who ask
         self._known: dict[str, bytes | None] = {}  # question -> the digest of the answer, None if there is none
