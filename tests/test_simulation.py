@@ -10,7 +10,7 @@ import os
 import random
 
 import pytest
-from simulation.history import BRIEF, WILD, History
+from simulation.history import BRIEF, DEATHS, WILD, History
 from simulation.mutants import MUTANTS
 from simulation.running import explain, run
 from simulation.scale import Head, Work, lines
@@ -26,13 +26,15 @@ SHARES = 8
 CAUGHT_WITHIN = 150
 # Where to begin, for those that are seldom noticed.
 FIRST = {"driver: a lost node is not dismissed": 940, "node: does not send again": 185,
-         "driver: a connection that only the node has seen end is kept": 185}
+         "driver: a connection that only the node has seen end is kept": 185,
+         "node: the last pulse of the dead renews their lease": 2202}
 # Seeds that notice a bug that dpool once had, their kind, and what it was.
 OLD = {
     (0, BRIEF): "a driver that was stopped for ten seconds gave up all its nodes",
     (59, BRIEF): "a connection that ended for the node alone was waited on for ever",
     (8, WILD): "a driver without a connection turned without a pause",
     (18, WILD): "a node that had been lost was avoided for ever",
+    (2202, DEATHS): "a pulse that came after the end of its driver's connection kept the workers for a minute",
 }
 
 

@@ -136,6 +136,13 @@ def _does_not_resend(original: Callable[..., Any], self: Agent, peer: bytes, mes
         original(self, peer, message)
 
 
+def _renews_the_lease(original: Callable[..., Any], self: Agent, peer: bytes, message: Any) -> None:
+    original(self, peer, message)
+    part = self._parts.get(message.session) if isinstance(message, messages.Pulse) else None
+    if part is not None:
+        part.gone_at = self._around.now() + agent_module.DRIVER_LEASE_S
+
+
 def _does_not_say_died(original: Callable[..., Any], self: Agent, part: Any, message: Any) -> None:
     if not isinstance(message, messages.Died):
         original(self, part, message)
@@ -202,6 +209,7 @@ MUTANTS: dict[str, Mutant] = {
     "node: does not send again": _around(Agent, "_on_connection", _does_not_resend),
     "node: parts of the gone are kept": Mutant(Agent, "_look_around", _keeps_parts),
     "node: the driver's lease is too short": Mutant(agent_module, "DRIVER_LEASE_S", 3.0, BRIEF),
+    "node: the last pulse of the dead renews their lease": _around(Agent, "_on_connection", _renews_the_lease, DEATHS),
     "node: what is taken back runs as well": _around(Agent, "_steal", _steals_twice),
     "node: what waits is not handed over": _around(Agent, "_on_part", _hands_over_once),
     "node: who is gone is waited for as long as who is silent": Mutant(agent_module, "BROKEN_AFTER_S", 1e9, DEATHS),

@@ -289,7 +289,9 @@ class Agent:
             if part is None:
                 self._answer(peer, messages.Gone(message.session))
                 return
-            part.gone_at = now + DRIVER_LEASE_S
+            # Without a connection for the session it may be the last word of a driver that has ended: they are two
+            # connections, and what was said on the one may come after the end of the other.
+            part.gone_at = now + (DRIVER_LEASE_S if part.peer is not None else BROKEN_AFTER_S)
             part.session.acknowledged(message.received)
             self._answer(peer, messages.Pulse(message.session, part.session.received, part.peer is not None))
         elif isinstance(message, messages.Resume):
