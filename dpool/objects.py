@@ -5,6 +5,7 @@ Holds nothing itself. Values stay in the process that put them and in those that
 
 from __future__ import annotations
 
+from dpool import session
 from dpool.cluster.store import refs as _refs
 from dpool.cluster.store import store as _store
 from dpool.cluster.store.refs import ObjectRef
@@ -25,7 +26,7 @@ def put(value: Any) -> ObjectRef:
     """
     if isinstance(value, ObjectRef):
         raise TypeError("put() of an ObjectRef: it is stored already; put a list of refs to store several as one")
-    return _refs.store_value(value)
+    return _refs.store_value(value, session.is_elsewhere())
 
 
 def get(refs: ObjectRef | Sequence[ObjectRef], timeout: float | None = None) -> Any:

@@ -114,6 +114,13 @@ def _home() -> Home | None:
     return home.find()
 
 
+def is_elsewhere() -> bool:
+    """Whether workers are on other machines, and so have a `__main__` of their own. Connects to nothing."""
+    if _engine is not None and _pid == os.getpid():
+        return hasattr(_engine, "cpus")
+    return bool(os.environ.get("DPOOL_ADDRESS")) or "dpool.cluster.worker.modules" in sys.modules
+
+
 def default_processes(needs: Mapping[str, float] | None = None) -> int:
     """How many workers a door has that was not told how many: the CPUs of this machine, or of the cluster; fewer if
     each has `needs` of which there is not so much. At least 1."""

@@ -300,6 +300,69 @@ def _recall(_: object) -> int:
     return remembered  # type: ignore[name-defined, no-any-return]
 
 
+MAIN = """
+import enum
+import functools
+
+import dpool
+from dpool.concurrent.futures import ProcessPoolExecutor
+from dpool.multiprocessing import Pool
+
+class Point:
+    def __init__(self, x): self.x = x
+    def plus(self, y): return self.x + y
+    def __call__(self, y): return self.x * y
+    def __eq__(self, other): return type(other) is Point and other.x == self.x
+
+class Wrong(Exception): pass
+
+class Colour(enum.Enum):
+    RED = 1
+
+state = None
+
+def set_state(value):
+    global state
+    state = value
+
+def get_state(_): return state
+def add(a, b): return a + b
+def same(value): return value
+def is_point(value): return isinstance(value, Point)
+def fail(value): raise Wrong(value)
+
+if __name__ == "__main__":
+    with Pool(2, initializer=set_state, initargs=(Point(5),)) as pool:
+        assert pool.map(get_state, range(4)) == [Point(5)] * 4
+        assert pool.map(functools.partial(add, 3), range(4)) == [3, 4, 5, 6]
+        assert pool.map(Point(2).plus, range(3)) == [2, 3, 4]
+        assert pool.map(Point(2), range(3)) == [0, 2, 4]
+        assert pool.map(Point, range(3)) == list(map(Point, range(3)))
+        assert pool.map(same, [Point(1), Point(2)]) == [Point(1), Point(2)]
+        assert list(pool.imap(same, (Point(i) for i in range(5)))) == list(map(Point, range(5)))
+        assert pool.apply(is_point, (Point(1),)) is True
+        assert pool.apply(same, (Colour.RED,)) is Colour.RED
+        assert pool.apply(same, ([Point(1), b"x" * 1_000_000],)) == [Point(1), b"x" * 1_000_000]
+        assert pool.apply(same, (dpool.put(Point(9)),)) == Point(9)
+        assert pool.apply(same, (b"__main__",)) == b"__main__"
+        try:
+            pool.apply(fail, (1,))
+        except Wrong:
+            print("as it should")
+    with ProcessPoolExecutor(2, initializer=set_state, initargs=(Point(7),)) as executor:
+        assert list(executor.map(get_state, range(3))) == [Point(7)] * 3
+        assert executor.submit(Point(3).plus, 4).result() == 7
+    print("fine")
+"""
+
+
+def test_what_is_of_the_program_s_main_module_goes_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(MAIN)
+    program = cluster.python(str(tmp_path / "program.py"), address=True)
+    assert program.wait() == 0, program.lines
+    assert program.lines[:2] == ["as it should", "fine"]
+
+
 def test_the_initializer_runs_in_each_worker(driver: Cluster) -> None:
     with Pool(4, _remember, (17,)) as pool:
         assert set(pool.map(_recall, range(40), chunksize=1)) == {17}

@@ -41,7 +41,7 @@ FLOORS: dict[str, set[str]] = {
     "concurrent": DOOR,
     "asyncio": DOOR,
     "joblib": DOOR | {"objects"},  # arrays are objects, for workers of a cluster
-    "objects": BASE | {"cluster.store"},
+    "objects": DOOR | {"cluster.store"},
     "dpool": {"joblib"},  # the face watches for joblib; every other name of it is found when it is asked for
     "cli": WIRE | {"cluster.driver", "cluster.head", "cluster.node", "cluster.launch", "session", "replacing"},
     "__main__": {"cli"},

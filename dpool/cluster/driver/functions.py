@@ -57,12 +57,13 @@ class Function:
         self.inline = by_name(self.target)
         self.flags = frames.BY_NAME
 
-    def encode_with_state(self) -> None:
-        """As a plain pickle with large buffers beside it, by value if that fails."""
+    def encode_with_state(self, elsewhere: bool) -> None:
+        """As a plain pickle with large buffers beside it, by value if that fails, or names `__main__` and the worker
+        has another."""
         buffers: list[memoryview] = []
         try:
             with Sending() as sending:
-                data = pickling.dumps(self.target, buffers)
+                data = pickling.dumps(self.target, buffers, elsewhere=elsewhere)
         except Exception:
             return self.encode_by_value()
         self._place(data, buffers, sending)
@@ -112,21 +113,22 @@ class FunctionTable:
         self._known: dict[int, Function] = {}
         self._timings: dict[Any, Timing] = {}
 
-    def get(self, target: Callable[..., Any]) -> Function:
-        """The Function to send for `target`. Raises TypeError if it is not callable, and what pickling it raises."""
+    def get(self, target: Callable[..., Any], elsewhere: bool = False) -> Function:
+        """The Function to send for `target`, `elsewhere` to workers with a `__main__` of their own. Raises TypeError if
+        it is not callable, and what pickling it raises."""
         known = self._known.get(id(target))
         if known is not None and known.target is target:
             if not known.calls or self._holds(known):
                 return known
             del self._known[id(target)]
-        return self._make(target)
+        return self._make(target, elsewhere)
 
     def _holds(self, known: Function) -> bool:
         """Whether what a function of __main__ refers to is what it was when it was encoded."""
         names = known.target.__globals__
         return all(names.get(name) is value for name, value in known.calls)
 
-    def _make(self, target: Callable[..., Any]) -> Function:
+    def _make(self, target: Callable[..., Any], elsewhere: bool) -> Function:
         function = Function(target, self._timing(target))
         if isinstance(target, (types.FunctionType, types.BuiltinFunctionType, type)):
             try:
@@ -140,7 +142,7 @@ class FunctionTable:
                 self._known.clear()
             self._known[id(target)] = function
         else:
-            function.encode_with_state()
+            function.encode_with_state(elsewhere)
         return function
 
     def send_by_value(self, function: Function) -> None:

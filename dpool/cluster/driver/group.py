@@ -82,6 +82,7 @@ class Group:
         self._attended = False
         self._attending = threading.Lock()
         self._pid = os.getpid()
+        self._elsewhere = not port.shares_memory  # workers have not this process's __main__
         self._store = store.current()
         self._store.attach()
         self._thread = threading.Thread(target=self._loop, name=f"dpool-{next(_names)}", daemon=True)
@@ -93,7 +94,7 @@ class Group:
     def submit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink,
                asks_start: bool = False, attended: bool = False) -> Job:
         """Queue one call; its outcome goes to `sink` as task 0. See dpool.engine.WorkerGroup."""
-        known = table.get(function)
+        known = table.get(function, self._elsewhere)
         job = Job(known, known.timing, engine.CALL, ((args, kwargs),), sink, 1, asks_start)
         self._add(job, attended)
         return job
@@ -140,7 +141,7 @@ class Group:
     def submit_many(self, function: Callable[..., Any], items: Sequence[Any], mode: int, sink: Sink,
                     chunk: int = 1) -> Job:
         """Queue one task for each `chunk` consecutive items, in one step."""
-        known = table.get(function)
+        known = table.get(function, self._elsewhere)
         job = Job(known, known.timing if chunk == 1 else type(known.timing)(), mode, items, sink, chunk)
         self._add(job)
         return job
@@ -148,11 +149,11 @@ class Group:
     def open_stream(self, function: Callable[..., Any], mode: int, sink: Sink, as_pushed: bool = False) -> Stream:
         """A job whose items come one after the other; it keeps the group open until it is sealed. With `as_pushed` a
         task gets an item as it was when it was pushed, though it may be changed before it is sent."""
-        known = table.get(function)
+        known = table.get(function, self._elsewhere)
         timing = known.timing if mode in (engine.MAP, engine.STAR) else type(known.timing)()
         job = Job(known, timing, mode, [], sink, open=True)
         self._add(job)
-        return Stream(job, as_pushed, self._extend, self._seal)
+        return Stream(job, as_pushed, self._elsewhere, self._extend, self._seal)
 
     def _extend(self, job: Job, items: Sequence[Any]) -> None:
         with self._lock:

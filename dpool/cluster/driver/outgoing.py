@@ -50,14 +50,15 @@ class Outgoing:
         self._sending = sending  # holds what is sent until it is
 
 
-def encode(batch: Batch, store: Store, holder: Hashable, spares: bool) -> Outgoing:
-    """The message for a batch; with `spares` a segment for its results goes along where they will be large.
+def encode(batch: Batch, store: Store, holder: Hashable, here: bool) -> Outgoing:
+    """The message for a batch. `here`: for a worker of this machine; a segment for its results goes along where they
+    will be large.
 
     Raises Refused, TooManyRefs, ObjectStoreFull, and KeyboardInterrupt; nothing is lent then.
     """
     function: Any = batch.function
     with Sending(function.refs) as sending:
-        packed, errors = pickling.pack(batch.items(), by_value=True)
+        packed, errors = pickling.pack(batch.items(), by_value=True, elsewhere=not here)
     if errors:
         raise Refused(errors)
     flags = function.flags
@@ -84,7 +85,7 @@ def encode(batch: Batch, store: Store, holder: Hashable, spares: bool) -> Outgoi
         raise Refused([(index, error) for index in range(batch.stop)]) from None
     descriptors += shared
     spare = 0
-    if spares and batch.timing.result_bytes:
+    if here and batch.timing.result_bytes:
         found = store.spare(batch.timing.result_bytes * batch.stop, holder)
         if found is not None:
             spare = found[0]

@@ -199,7 +199,7 @@ class ClusterPort:
         if spec.initializer is None:
             return -1
         try:
-            data = pickling.dumps((spec.initializer, spec.initargs), by_value=True)
+            data = pickling.dumps((spec.initializer, spec.initargs), by_value=True, elsewhere=True)
         except RuntimeError as error:
             error.add_note("The workers of a cluster are on other machines: locks, queues and shared memory of "
                            "multiprocessing cannot be shared with them. Those of a multiprocessing.Manager() can be.")

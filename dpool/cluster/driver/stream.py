@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """push() items as they come, then seal() it. Used by one thread. `extend` and `seal` are the group's."""
+    """push() items as they come, then seal() it. Used by one thread. `extend` and `seal` are the group's, whose workers
+    may be `elsewhere`."""
 
-    def __init__(self, job: Job, as_pushed: bool, extend: Callable[[Job, Sequence[Any]], None],
+    def __init__(self, job: Job, as_pushed: bool, elsewhere: bool, extend: Callable[[Job, Sequence[Any]], None],
                  seal: Callable[[Job], None]) -> None:
         self._job = job
         self._as_pushed = as_pushed
+        self._elsewhere = elsewhere
         self._extend = extend
         self._seal = seal
 
@@ -37,10 +39,10 @@ class Stream:
         taken = 0
         if self._as_pushed:
             if self._job.mode in (engine.MAP_CHUNK, engine.STAR_CHUNK):
-                item = tuple(map(snapshot, item))
+                item = tuple(snapshot(part, self._elsewhere) for part in item)
                 taken = sum(part.nbytes for part in item if type(part) is ObjectRef)
             else:
-                item = snapshot(item)
+                item = snapshot(item, self._elsewhere)
                 taken = item.nbytes if type(item) is ObjectRef else 0
         self._extend(self._job, (item,))
         return taken

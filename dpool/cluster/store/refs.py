@@ -241,14 +241,15 @@ class Accepted:
         return opened
 
 
-def store_value(value: Any) -> ObjectRef:
-    """Store `value` as it is now. Raises what pickling it raises, and ObjectStoreFull."""
+def store_value(value: Any, elsewhere: bool = False) -> ObjectRef:
+    """Store `value` as it is now; see pickling.dumps() for `elsewhere`. Raises what pickling it raises, and
+    ObjectStoreFull."""
     if type(value) in _PLAIN:  # what needs no care, and is put by the thousand
         data = pickle.dumps(value, pickling.PROTOCOL)
         return ObjectRef(new_key(), len(data), None, data)
     buffers: list[memoryview] = []
     with Sending() as inside:
-        data = pickling.dumps(value, buffers, by_value=True)
+        data = pickling.dumps(value, buffers, by_value=True, elsewhere=elsewhere)
     inner = list(inside.refs.values()) if inside.refs else ()
     key = new_key()
     if not buffers and len(data) <= SMALL_BYTES:
@@ -258,14 +259,14 @@ def store_value(value: Any) -> ObjectRef:
     return ObjectRef(key, stored.nbytes, here.hold(key), None)
 
 
-def snapshot(item: Any) -> Any:
+def snapshot(item: Any, elsewhere: bool = False) -> Any:
     """What stands for `item` as it is now, whatever becomes of it later, and arrives at a task as its value: itself if
     it cannot change, else a ref. What cannot be pickled stays itself: the sending of it says why."""
     kind = type(item)
     if kind in _CONSTANT or (kind is tuple and all(type(part) in _CONSTANT for part in item)):
         return item
     try:
-        return store_value(item)
+        return store_value(item, elsewhere)
     except ObjectStoreFull:
         raise
     except Exception:

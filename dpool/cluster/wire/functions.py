@@ -81,7 +81,8 @@ def dumps_by_value(value: Any, buffer_callback: Any = None) -> bytes:
     """Pickle `value` so that nothing of `__main__`, and no local function or class, needs to exist on the other side.
 
     Functions of `__main__` are rebuilt on the worker's own `__main__` namespace: an initializer and the tasks share
-    their globals. Raises what cloudpickle raises.
+    their globals. Classes of `__main__` are found there afterwards, so that results name them, and are the driver's own
+    when they come back. Raises what cloudpickle raises.
     """
     import io
 
@@ -94,7 +95,7 @@ _pickler: Any = None
 
 
 def by_value_pickler() -> Any:
-    """The class of pickler behind dumps_by_value(): cloudpickle's, but for functions of `__main__`."""
+    """The class of pickler behind dumps_by_value(): cloudpickle's, but for functions and classes of `__main__`."""
     global _pickler
     if _pickler is not None:
         return _pickler
@@ -103,6 +104,8 @@ def by_value_pickler() -> Any:
     class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
         def reducer_override(self, obj: Any) -> Any:
             reduced = super().reducer_override(obj)
+            if isinstance(obj, type) and obj.__module__ == "__main__" and isinstance(reduced, tuple):
+                return (*reduced[:5], _set_class_in_main)
             if (isinstance(obj, types.FunctionType) and obj.__globals__ is sys.modules["__main__"].__dict__
                     and isinstance(reduced, tuple) and len(reduced) == 6):
                 make, arguments, state = reduced[:3]
@@ -124,15 +127,28 @@ def _make_in_main(make: Callable[..., Any], code: types.CodeType, *rest: Any) ->
     return make(code, sys.modules["__main__"].__dict__, *rest)
 
 
+def _set_class_in_main(made: Any, state: Any) -> Any:
+    from cloudpickle import cloudpickle
+
+    made = cloudpickle._class_setstate(made, state)
+    if "." not in made.__qualname__:
+        _ship(made.__name__, made)
+    return made
+
+
+def _ship(name: str, value: Any) -> None:
+    main = sys.modules["__main__"].__dict__
+    mine = main.get(name, _MISSING)
+    if mine is _MISSING or mine is _shipped.get(name, _MISSING):
+        main[name] = _shipped[name] = value
+
+
 def _set_state_in_main(function: Any, state: Any) -> None:
     from cloudpickle import cloudpickle
 
-    main = sys.modules["__main__"].__dict__
     attributes, slots = state
     slots = dict(slots)
     for name, value in slots.pop("__globals__", {}).items():
-        mine = main.get(name, _MISSING)
-        if mine is _MISSING or mine is _shipped.get(name, _MISSING):
-            main[name] = _shipped[name] = value
+        _ship(name, value)
     slots["__globals__"] = {}
     cloudpickle._function_setstate(function, (attributes, slots))

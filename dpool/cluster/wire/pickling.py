@@ -17,7 +17,7 @@ from dpool.cluster.wire.functions import dumps_by_value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
 PROTOCOL = 5
@@ -34,6 +34,7 @@ MAX_LIFTED = 16
 _LIFTED = frozenset((bytes, bytearray, memoryview, tuple, list))
 
 _CONNECTION = b"multiprocessing.connection"
+_MAIN = b"__main__"
 
 # So many reductions are registered, all of them multiprocessing's own, which plain pickle does without.
 _plain_reducers = -1
@@ -123,22 +124,45 @@ def _lifted(value: Any) -> Any:
     return value
 
 
-def dumps(value: Any, buffers: list[memoryview] | None = None, by_value: bool = False) -> bytes:
+def dumps(value: Any, buffers: list[memoryview] | None = None, by_value: bool = False,
+          elsewhere: bool = False) -> bytes:
     """One value as a pickle; its large buffers are appended to `buffers`.
 
     Plain pickle first, for its speed; then the reductions of multiprocessing (sockets, connections); then, if
-    `by_value`, cloudpickle. Raises what the first of them raised.
+    `by_value`, cloudpickle. Raises what the first of them raised. `elsewhere`: it is for a process that has another
+    `__main__`, so a value that names this one's goes by value, if it can.
     """
+    if not elsewhere:
+        return _dumps(value, buffers, by_value)
     start = len(buffers) if buffers is not None else 0
+    data = _dumps(value, buffers, by_value)
+    if _MAIN not in data:
+        return data
+    beside: list[memoryview] = []
+    try:
+        data = dumps_by_value(value, None if buffers is None else _collector(beside))
+    except Exception:
+        return data
+    if buffers is not None:
+        buffers[start:] = beside
+    return data
 
+
+def _collector(buffers: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:
+    """For pickle: what puts large buffers there, and leaves small ones in the pickle."""
     def beside(buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
         if view.nbytes < OUT_OF_BAND_MIN_BYTES:
             return True
-        buffers.append(view)  # type: ignore[union-attr]
+        buffers.append(view)
         return False
 
-    callback = None if buffers is None else beside
+    return beside
+
+
+def _dumps(value: Any, buffers: list[memoryview] | None, by_value: bool) -> bytes:
+    start = len(buffers) if buffers is not None else 0
+    callback = None if buffers is None else _collector(buffers)
     extra = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
     try:
         if len(extra) == _plain_reducers or _only_plain(extra):
@@ -175,8 +199,10 @@ def _forking_dumps(value: Any, callback: Any) -> bytes:
     return out.getvalue()
 
 
-def pack(values: Sequence[Any], by_value: bool = False) -> tuple[Packed, list[tuple[int, BaseException]]]:
-    """`values` as bytes, and the (index, error) of each that cannot be pickled; those arrive as None.
+def pack(values: Sequence[Any], by_value: bool = False,
+         elsewhere: bool = False) -> tuple[Packed, list[tuple[int, BaseException]]]:
+    """`values` as bytes, and the (index, error) of each that cannot be pickled; those arrive as None. The other
+    parameters are those of dumps().
 
     Raises nothing but KeyboardInterrupt: a value's own code may raise anything, SystemExit too.
     """
@@ -186,7 +212,7 @@ def pack(values: Sequence[Any], by_value: bool = False) -> tuple[Packed, list[tu
         # Nobody else to spoil: no need for a pickle within a pickle.
         beside: list[memoryview] = []
         try:
-            return Packed(dumps([values[0]], beside, by_value), beside, True), []
+            return Packed(dumps([values[0]], beside, by_value, elsewhere), beside, True), []
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -200,7 +226,7 @@ def pack(values: Sequence[Any], by_value: bool = False) -> tuple[Packed, list[tu
     for index, value in enumerate(values):
         before = len(buffers)
         try:
-            data: Any = dumps(value, buffers, by_value)
+            data: Any = dumps(value, buffers, by_value, elsewhere)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
