@@ -19,7 +19,7 @@ from unittest import mock
 from dpool import engine
 from dpool.cluster.driver import dispatch as dispatch_module
 from dpool.cluster.driver import group as group_module
-from dpool.cluster.driver import remote
+from dpool.cluster.driver import luggage
 from dpool.cluster.driver.client import Client
 from dpool.cluster.driver.dispatch import Dispatch, Job
 from dpool.cluster.driver.functions import FunctionTable
@@ -189,6 +189,7 @@ class NodeMachine:
     def _step(self) -> bool:
         agent = self.agent
         agent.step()
+        agent.exchange.validate()
         for part in agent._parts.values():
             part.ledger.validate()
         if agent._stop.is_set() or agent.refused:
@@ -203,6 +204,7 @@ class NodeMachine:
             self.history.network.died(self.process, silent)
             for part in self.agent._parts.values():
                 part.close()
+            self.agent.exchange.close()
 
     @property
     def parts(self) -> list[SimWorkers]:
@@ -442,7 +444,7 @@ class History:
               mock.patch.object(frames, "INLINE_MAX_BYTES", 100 if self.segments else frames.INLINE_MAX_BYTES),
               mock.patch.object(transfer, "PIECE_BYTES", 64 if self.segments else transfer.PIECE_BYTES),
               mock.patch.object(dispatch_module, "NODE_LOSSES", self.losses),
-              mock.patch.object(remote, "MAX_KEPT", 2 if self.segments else remote.MAX_KEPT)):
+              mock.patch.object(luggage, "MAX_KEPT", 2 if self.segments else luggage.MAX_KEPT)):
             yield
 
     def _begin(self) -> None:

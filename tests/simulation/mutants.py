@@ -142,7 +142,7 @@ def _does_not_say_died(original: Callable[..., Any], self: Agent, part: Any, mes
 
 
 def _steals_twice(original: Callable[..., Any], self: Agent, part: Any, workers: Any, batch: int) -> None:
-    # The descriptors of what stays are its own: the agent closes those of what it has taken back.
+    # The descriptors of what stays are its own: those of what is taken back are closed.
     with mock.patch.object(Ledger, "take_back", lambda ledger, number: next(
             ((body, list(map(os.dup, descriptors))) for one, _, (body, descriptors) in ledger.waiting
              if one == number), None)):
