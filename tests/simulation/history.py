@@ -344,7 +344,8 @@ class Driver:
         self.to_submit -= 1
         self._forget_some()
         self.port._owner = owner
-        if not self.to_submit and random.random() < 0.5:
+        # In a calm history an object that one pool had stays for the other.
+        if not self.to_submit and random.random() < 0.5 and (len(self.pools) == 1 or history.kind != CALM):
             group.close()
 
     def _forget_some(self) -> None:

@@ -12,20 +12,28 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
+import msgspec
+
 from dpool.cluster.driver import client as client_module
 from dpool.cluster.driver import remote as remote_module
 from dpool.cluster.driver.client import Client
 from dpool.cluster.driver.dispatch import Dispatch
+from dpool.cluster.driver.luggage import Luggage, Sharing
 from dpool.cluster.driver.remote import ClusterPort
+from dpool.cluster.driver.spreading import DRIVER, SEND
 from dpool.cluster.head.membership import Membership
 from dpool.cluster.node import agent as agent_module
 from dpool.cluster.node.agent import Agent
+from dpool.cluster.node.batches import Batches
+from dpool.cluster.node.exchange import Exchange
 from dpool.cluster.node.ledger import Ledger
+from dpool.cluster.node.objects import ASK, Objects
+from dpool.cluster.store.transfer import Arrival
 from dpool.cluster.wire import messages
 from dpool.cluster.wire.events import NODE_LOST
 from dpool.cluster.wire.sessions import Session
 
-from .history import BRIEF, DEATHS
+from .history import BRIEF, CALM, DEATHS
 
 
 class Mutant:
@@ -170,6 +178,29 @@ def _says_placements_once(original: Callable[..., Any], self: Membership, driver
             if before.get(message.group) is not message]
 
 
+# -- objects
+
+
+def _does_not_check(self: Arrival, size: int, start: int, piece: memoryview, checksum: int) -> None:
+    nbytes = piece.nbytes
+    self.add(size, start, piece)
+    self._pieces.append((start, nbytes, checksum))
+
+
+def _hands_over_without(original: Callable[..., Any], self: Exchange, key: bytes, part: bytes, batch: int) -> bool:
+    original(self, key, part, batch)
+    return key in self._arrivals
+
+
+def _leaves_out_a_piece(original: Callable[..., Any], self: Luggage, message: Any, now: float) -> None:
+    original(self, msgspec.structs.replace(message, have=message.have + 1), now)
+
+
+def _each_session_for_itself(original: Callable[..., Any], self: Sharing, key: bytes, *args: Any) -> Any:
+    original(self, key, *args)
+    return SEND, DRIVER
+
+
 MUTANTS: dict[str, Mutant] = {
     "session: duplicates are accepted": Mutant(Session, "accept", _accepts_all),
     "session: nothing is sent again": Mutant(Session, "resume", lambda self, received: []),
@@ -204,6 +235,17 @@ MUTANTS: dict[str, Mutant] = {
     "node: the driver's lease is too short": Mutant(agent_module, "DRIVER_LEASE_S", 3.0, BRIEF),
     "node: what is taken back runs as well": _around(Agent, "_steal", _steals_twice),
     "node: what waits is not handed over": _around(Agent, "_on_part", _hands_over_once),
+    "objects: a piece is not checked": Mutant(Arrival, "check", _does_not_check),
+    "objects: a source that is silent is waited for": Mutant(Objects, "_is_late", staticmethod(lambda *_: False)),
+    "objects: nobody is asked for what is missing": _around(
+        Objects, "_failed", lambda original, self, *args: [deed for deed in original(self, *args) if deed.what != ASK]),
+    "objects: what is here is not told to batches that wait": Mutant(Batches, "ready", _nothing),
+    "objects: a batch does not wait for all of an object": _around(Exchange, "need", _hands_over_without),
+    "objects: those of a part that has ended stay": Mutant(Objects, "part_ended", lambda *_: []),
+    "objects: a driver does not send what is missing": Mutant(Luggage, "missing", _nothing),
+    "objects: the first missing piece is not sent": _around(Luggage, "missing", _leaves_out_a_piece),
+    "objects: there is never room for more": Mutant(ClusterPort, "_send_later", _nothing),
+    "objects: each session brings its own": _around(Sharing, "want", _each_session_for_itself, CALM),
     "head: nobody is ever gone": Mutant(Membership, "tick", _places_on_the_gone),
     "head: placements are said once": _around(Membership, "_place", _says_placements_once, BRIEF),
 }

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from dpool.cluster.driver import spreading
-from dpool.cluster.driver.spreading import FETCH, OTHER, SEND, Spreading
+from dpool.cluster.driver.spreading import HERE, SEND, Spreading
 from dpool.cluster.store import segments, transfer
 from dpool.cluster.store.transfer import pieces
 from dpool.cluster.wire import frames, messages, sessions
@@ -91,11 +91,13 @@ class Luggage:
         self._functions: OrderedDict[int, None] = OrderedDict()
         # By key. An object's pieces are kept until the node says that it has it: it may ask for them till then.
         self.objects: OrderedDict[bytes, Pieces | None] = OrderedDict()
+        # Large ones that the driver sends, by key: to be taken piece by piece when nothing else is to be sent.
+        self.later: dict[bytes, Iterator[Unsent]] = {}
 
     def pack(self, parts: list[bytes], descriptors: list[int], here: Collection[bytes],
-             now: float) -> tuple[list[Iterator[Unsent]], list[Iterator[Unsent]]]:
-        """A batch as messages, and the large objects that are to be sent when nothing else is. `here`: the objects that
-        there are in this process. What is sent is mapped now: the descriptors may be closed when this returns."""
+             now: float) -> list[Iterator[Unsent]]:
+        """A batch as messages. `here`: the objects that there are in this process. What is sent is mapped now: the
+        descriptors may be closed when this returns."""
         flags, _, _, function, *_ = frames.TASKS.unpack_from(parts[0])
         objects = frames.unpack_refs(parts[2])[0] if parts[2] else []
         rest = iter(descriptors)
@@ -113,7 +115,6 @@ class Luggage:
         new = {key: pieces(descriptor, segments.places(table))
                for (key, _, table, _), descriptor in zip(objects, rest, strict=True) if key not in self.objects}
         first: list[Iterator[Unsent]] = []
-        later: list[Iterator[Unsent]] = []
         if link_flags:
             if link_flags == sessions.FUNCTION_STORED and len(self._functions) >= MAX_KEPT:
                 first.append(control(messages.Forget(self._functions.popitem(last=False)[0])))
@@ -125,40 +126,35 @@ class Luggage:
                 first.append(control(messages.ForgetObjects(gone)))
         for key, *_ in objects:
             if key in new:
-                self._bring(key, new[key], now, first, later)
+                first += self._bring(key, new[key], now)
             else:
                 self.objects.move_to_end(key)
         batch = (sessions.TASKS, (b"".join(parts),), link_flags, len(carried), None)
-        return [*first, *map(segment, carried), iter((batch,))], later
+        return [*first, *map(segment, carried), iter((batch,))]
 
-    def _bring(self, key: bytes, carried: Pieces, now: float, first: list[Iterator[Unsent]],
-               later: list[Iterator[Unsent]]) -> None:
+    def _bring(self, key: bytes, carried: Pieces, now: float) -> list[Iterator[Unsent]]:
         size = carried[0][0]
         self.objects[key] = carried
         how, source = self._sharing.want(key, size, self._node, self._session, now)
-        if how == FETCH:
-            first.append(control(messages.Fetch(key, size, source)))
-        elif how == OTHER:
-            first.append(control(messages.Fetch(key, size)))
-        elif how == SEND and size < spreading.FETCH_MIN_BYTES:
-            first.append(stored(key, carried))
-        elif how == SEND:
-            first.append(control(messages.Fetch(key, size, own=True)))
-            later.append(stored(key, carried))
+        if how == SEND and size < spreading.FETCH_MIN_BYTES:
+            return [stored(key, carried)]
+        if how == SEND:
+            self.later[key] = stored(key, carried)
+        return [] if how == HERE else [control(messages.Fetch(key, size, source, own=how == SEND))]
 
     def got(self, key: bytes) -> None:
         """The node has an object, whole."""
         if key in self.objects:
             self.objects[key] = None
+            self.later.pop(key, None)  # somebody else was faster
             self._sharing.arrived(key, self._node)
 
-    def missing(self, message: messages.Missing, now: float) -> Iterator[Unsent] | None:
-        """The node lacks an object: the rest of it."""
+    def missing(self, message: messages.Missing, now: float) -> None:
+        """The node lacks an object, or the rest of it: to be sent."""
         carried = self.objects.get(message.key)
-        if carried is None:
-            return None
-        self._sharing.failed(message.key, self._node, message.source, now)
-        return stored(message.key, carried, message.have)
+        if carried is not None:
+            self._sharing.failed(message.key, self._node, message.source, now)
+            self.later[message.key] = stored(message.key, carried, message.have)
 
     def gone(self, here: Collection[bytes]) -> list[bytes]:
         """The objects that the node is to forget, for they are not in this process any more."""
@@ -178,4 +174,5 @@ class Luggage:
 
     def end(self) -> None:
         """The session is over."""
+        self.later.clear()
         self._forget(list(self.objects))

@@ -123,7 +123,6 @@ class Node:
         self.living: dict[int, RemoteProcess] = {}
         self.inflight: dict[int, None] = {}
         self.outbox: deque[Iterator[Unsent]] = deque()
-        self.bulk: deque[Iterator[Unsent]] = deque()  # large objects, for when the outbox is empty
         self.arrivals = Arrivals()
         self.luggage = Luggage(sharing, member.addresses[0], key)
         self.stealing: set[int] = set()
@@ -131,6 +130,11 @@ class Node:
         self.stopping: set[tuple[int, int]] = set()
         self.first_slot = 0  # added to the node's own number of a slot, so that no two workers of a group have the same
         self.demanded = 0
+
+    @property
+    def has_room(self) -> bool:
+        """For a piece of a large object, and there is one to be sent."""
+        return bool(self.luggage.later) and len(self.session.unacknowledged) < MAX_UNACKNOWLEDGED
 
 
 class _Every(dict[int, int]):
@@ -364,9 +368,7 @@ class ClusterPort:
                 sharing = self.client.sharing
                 node = self._dealing.near(node, sum(objects.values()),
                                           lambda one: sharing.near(objects, one.addresses[0]))
-            now, later = node.luggage.pack(parts, descriptors, store.current().objects, self._now())
-            node.outbox.extend(now)
-            node.bulk.extend(later)
+            node.outbox.extend(node.luggage.pack(parts, descriptors, store.current().objects, self._now()))
             self._unsent[node] = None
             self._of_batch[batch] = node
             node.inflight[batch] = None
@@ -486,18 +488,21 @@ class ClusterPort:
                 del self._unsent[node]
                 if node.lost:
                     continue
-                if not node.outbox and not (
-                        node.bulk and len(node.session.unacknowledged) < MAX_UNACKNOWLEDGED):
+                if node.outbox:
+                    urgent: Iterator[Unsent] | None = node.outbox.popleft()
+                elif node.has_room:
+                    urgent = None
+                    key, pieces_of_it = next(iter(node.luggage.later.items()))
+                else:
                     continue
-                urgent = node.outbox.popleft() if node.outbox else None
                 self._unsent[node] = None
             if urgent is not None:
                 for unsent in urgent:
                     self._say(node, unsent)
-            elif (piece := next(node.bulk[0], None)) is not None:
+            elif (piece := next(pieces_of_it, None)) is not None:
                 self._say(node, piece)
             else:
-                node.bulk.popleft()
+                node.luggage.later.pop(key, None)
 
     def _drain(self, nodes: list[Node], events: list[tuple[int, Any, list[int]]]) -> None:
         """Receive, until there is nothing more, from nodes that may have sent something."""
@@ -514,8 +519,7 @@ class ClusterPort:
                     break
             if node.session.owes_acknowledgement:
                 self._send(node, node.session.acknowledgement())
-            if node.bulk:
-                self._more_room(node)
+            self._send_later(node)
             dialer.watch()
             if dialer.broken and node.dialer is dialer:
                 self._on_broken(node, dialer, events)
@@ -542,9 +546,9 @@ class ClusterPort:
         elif kind == sessions.CONTROL:
             self._on_control(node, messages.from_node.decode(body), events)
 
-    def _more_room(self, node: Node) -> None:
-        """Some of what was under way may have arrived."""
-        if len(node.session.unacknowledged) < MAX_UNACKNOWLEDGED:
+    def _send_later(self, node: Node) -> None:
+        """Some of what was under way may have arrived: there may be room for more of a large object."""
+        if node.has_room:
             with self._lock:
                 self._unsent[node] = None
 
@@ -599,10 +603,8 @@ class ClusterPort:
                 node.luggage.got(message.key)
         elif isinstance(message, messages.Missing):
             with self._lock:
-                rest = node.luggage.missing(message, self._now())
-                if rest is not None:
-                    node.bulk.append(rest)
-                    self._unsent[node] = None
+                node.luggage.missing(message, self._now())
+                self._unsent[node] = None
         elif isinstance(message, messages.Output):
             _print(message.stream, message.data)
         elif isinstance(message, messages.Failed):
@@ -730,8 +732,7 @@ class ClusterPort:
                 if received <= node.session.sent:
                     node.session.acknowledged(received)
                 self._on_linked(node, linked)
-                if node.bulk:
-                    self._more_room(node)
+                self._send_later(node)
                 if node.luggage.objects and not node.lost:
                     with self._lock:
                         gone = node.luggage.gone(store.current().objects)
@@ -757,7 +758,6 @@ class ClusterPort:
                 self._of_batch.pop(batch, None)
             node.inflight.clear()
             node.outbox.clear()
-            node.bulk.clear()
             node.luggage.end()
         self._connection_message(node, messages.Bye(node.key))
         self._undial(node, linger_ms=200)
