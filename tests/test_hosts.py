@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from clusters import PATIENCE_S, ROOT, Process, until
+from clusters import PATIENCE_S, ROOT, Process, children_of, until
 from hosts import Hosts, address, possible
 
 from dpool.cluster.wire.keys import Keys, write
@@ -288,7 +288,9 @@ def test_a_node_that_serves_another_is_killed(lab: Lab) -> None:
     lab.ask("put", 64 * MB)
     lab.ask("look", 40)
     source, target = _between_nodes(lab)
-    lab.nodes[source - 1].end(9)
+    (agent,) = children_of(lab.nodes[source - 1].pid)  # of what entered the host
+    os.kill(agent, signal.SIGKILL)
+    lab.nodes[source - 1].wait()
     until(lambda: not lab.hosts.processes(source), "its processes are gone")
     assert lab.hosts.bytes[source, target] < 64 * MB, "it was killed too late"
     assert f"h{target}" in lab.result(40)
