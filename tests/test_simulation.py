@@ -27,8 +27,7 @@ CAUGHT_WITHIN = 150
 # Where to begin, for those that are seldom noticed.
 FIRST = {"driver: a lost node is not dismissed": 940, "node: does not send again": 185,
          "driver: a connection that only the node has seen end is kept": 185,
-         "objects: a piece is not checked": 50, "objects: a source that is silent is waited for": 50,
-         "objects: nobody is asked for what is missing": 50}
+         "objects: a source that is silent is waited for": 70}
 # Seeds that notice a bug that dpool once had, their kind, and what it was.
 OLD = {
     (0, BRIEF): "a driver that was stopped for ten seconds gave up all its nodes",

@@ -508,6 +508,7 @@ class History:
               mock.patch.object(dispatch_module, "NODE_LOSSES", self.losses),
               mock.patch.object(refs, "SMALL_BYTES", 16), mock.patch.object(refs, "_rebuild", _rebuild),
               mock.patch.object(spreading, "FETCH_MIN_BYTES", 500), mock.patch.object(exchange, "WINDOW_BYTES", 2_000),
+              mock.patch.object(transfer, "OBJECT_PIECE_BYTES", 100),
               mock.patch.object(luggage, "MAX_KEPT", 2 if self.segments else luggage.MAX_KEPT)):
             yield
 

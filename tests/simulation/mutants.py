@@ -243,7 +243,7 @@ MUTANTS: dict[str, Mutant] = {
     "objects: a batch does not wait for all of an object": _around(Exchange, "need", _hands_over_without),
     "objects: those of a part that has ended stay": Mutant(Objects, "part_ended", lambda *_: []),
     "objects: a driver does not send what is missing": Mutant(Luggage, "missing", _nothing),
-    "objects: the first missing piece is not sent": _around(Luggage, "missing", _leaves_out_a_piece),
+    "objects: the first missing piece is not sent": _around(Luggage, "missing", _leaves_out_a_piece, BRIEF),
     "objects: there is never room for more": Mutant(ClusterPort, "_send_later", _nothing),
     "objects: each session brings its own": _around(Sharing, "want", _each_session_for_itself, CALM),
     "head: nobody is ever gone": Mutant(Membership, "tick", _places_on_the_gone),

@@ -51,7 +51,7 @@ class Sharing:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the books; taken last, under the lock of a port
-        self._spreading = Spreading(transfer.PIECE_BYTES)
+        self._spreading = Spreading(transfer.OBJECT_PIECE_BYTES)
 
     def want(self, key: bytes, size: int, node: str, session: bytes, now: float) -> tuple[str, str]:
         with self._lock:
@@ -112,7 +112,7 @@ class Luggage:
                 carried.append(pieces(descriptor))
         if flags & frames.BODY_IN_SEGMENT:
             carried.append(pieces(next(rest), segments.places(parts[3])))
-        new = {key: pieces(descriptor, segments.places(table))
+        new = {key: pieces(descriptor, segments.places(table), transfer.OBJECT_PIECE_BYTES)
                for (key, _, table, _), descriptor in zip(objects, rest, strict=True) if key not in self.objects}
         first: list[Iterator[Unsent]] = []
         if link_flags:

@@ -57,7 +57,7 @@ UNEVEN_FOR_S = 0.01
 UNEVEN_AGAIN_S = 0.5
 # With so many messages that a node has not acknowledged, pieces of large objects wait. More: fills longer and faster
 # links. Fewer: less memory, and what is urgent waits less behind them. More than sessions.ACK_EVERY.
-MAX_UNACKNOWLEDGED = 48
+MAX_UNACKNOWLEDGED = 64
 
 _SLOT_AT = 2  # where frames.RESULTS has the slot
 _SLOT = struct.Struct("<H")

@@ -29,7 +29,7 @@ ASK_AGAIN_S = 0.9
 # milliseconds. Shorter: fewer descriptors.
 IDLE_S = 3.0
 # Messages of other nodes that are taken in a turn of the agent's loop, before it looks after its workers again.
-_BURST = 16
+_BURST = 64
 
 
 class _Source:

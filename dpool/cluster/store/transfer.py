@@ -19,13 +19,17 @@ from dpool.cluster.store import segments
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 # Larger: fewer messages. Smaller: less memory for what is under way, and other messages wait less behind it.
 PIECE_BYTES = 1 << 20
+# The same for objects, which a node passes on piece by piece. Larger: each node of a chain is later than the one before
+# it. Smaller: more messages; four nodes had 4 MiB over links of 300 Mbit/s in 0.18 s with this, in 0.25 s with 1 MiB.
+OBJECT_PIECE_BYTES = 256 * 1024
 
 
 class BadPiece(Exception):
     """A piece that does not fit: the other side does not keep to the protocol."""
 
 
-def pieces(descriptor: int, parts: Sequence[tuple[int, int]] | None = None) -> list[tuple[int, int, memoryview]]:
+def pieces(descriptor: int, parts: Sequence[tuple[int, int]] | None = None,
+           piece_bytes: int = 0) -> list[tuple[int, int, memoryview]]:
     """(size on the other side, where the piece belongs, the piece) for each piece of these (offset, bytes) parts, or of
     the whole segment. What lies between and behind the parts stays here: it may be of an earlier use of the segment.
     The views keep it mapped. Raises ValueError if a part is not in it."""
@@ -41,8 +45,9 @@ def pieces(descriptor: int, parts: Sequence[tuple[int, int]] | None = None) -> l
     if not end:
         return [(1, 0, memoryview(b"\0"))]  # nothing but empty parts: a segment has at least a byte
     whole = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ))
-    return [(end, at, whole[at:min(at + PIECE_BYTES, offset + count)])
-            for offset, count in parts for at in range(offset, offset + count, PIECE_BYTES)]
+    step = piece_bytes or PIECE_BYTES
+    return [(end, at, whole[at:min(at + step, offset + count)])
+            for offset, count in parts for at in range(offset, offset + count, step)]
 
 
 class Filling:
