@@ -12,8 +12,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
-import msgspec
-
 from dpool.cluster.driver import client as client_module
 from dpool.cluster.driver import remote as remote_module
 from dpool.cluster.driver.client import Client
@@ -192,10 +190,6 @@ def _hands_over_without(original: Callable[..., Any], self: Exchange, key: bytes
     return key in self._arrivals
 
 
-def _leaves_out_a_piece(original: Callable[..., Any], self: Luggage, message: Any, now: float) -> None:
-    original(self, msgspec.structs.replace(message, have=message.have + 1), now)
-
-
 def _each_session_for_itself(original: Callable[..., Any], self: Sharing, key: bytes, *args: Any) -> Any:
     original(self, key, *args)
     return SEND, DRIVER
@@ -243,7 +237,6 @@ MUTANTS: dict[str, Mutant] = {
     "objects: a batch does not wait for all of an object": _around(Exchange, "need", _hands_over_without),
     "objects: those of a part that has ended stay": Mutant(Objects, "part_ended", lambda *_: []),
     "objects: a driver does not send what is missing": Mutant(Luggage, "missing", _nothing),
-    "objects: the first missing piece is not sent": _around(Luggage, "missing", _leaves_out_a_piece, BRIEF),
     "objects: there is never room for more": Mutant(ClusterPort, "_send_later", _nothing),
     "objects: each session brings its own": _around(Sharing, "want", _each_session_for_itself, CALM),
     "head: nobody is ever gone": Mutant(Membership, "tick", _places_on_the_gone),
