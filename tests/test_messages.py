@@ -70,7 +70,7 @@ def test_an_object_can_be_sent_on_while_it_comes() -> None:
     arrival = Arrival(200)
     for start in (0, 100):
         piece = content[start:start + 100]
-        arrival.check(200, start, memoryview(piece), zlib.crc32(piece))
+        arrival.add(200, start, memoryview(piece), zlib.crc32(piece))
         assert b"".join(found for _, _, found in arrival.after(0, 200)) == content[:start + 100]
     assert arrival.whole
     assert [(start, checksum) for start, checksum, _ in arrival.after(1, 150)] == [(100, zlib.crc32(content[100:]))]
@@ -80,10 +80,14 @@ def test_an_object_can_be_sent_on_while_it_comes() -> None:
 
 def test_pieces_of_objects_that_are_spoilt_or_missing() -> None:
     arrival = Arrival(300)
-    arrival.check(300, 0, memoryview(bytes(100)), zlib.crc32(bytes(100)))
-    for start, checksum in ((100, 1), (200, zlib.crc32(bytes(100))), (0, zlib.crc32(bytes(100)))):
+    piece = memoryview(bytes(100))
+    arrival.check(piece, zlib.crc32(piece))
+    with pytest.raises(BadPiece, match="checksum"):
+        arrival.check(piece, zlib.crc32(piece) ^ 1)
+    arrival.add(300, 0, piece, zlib.crc32(piece))
+    for start in (200, 0):
         with pytest.raises(BadPiece):
-            arrival.check(300, start, memoryview(bytes(100)), checksum)
+            arrival.add(300, start, piece)
     assert arrival.have == 100 and len(arrival.after(0, 300)) == 1
     with pytest.raises(BadPiece, match="announced"):
         Arrival(1 << 60)

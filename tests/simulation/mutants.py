@@ -179,12 +179,6 @@ def _says_placements_once(original: Callable[..., Any], self: Membership, driver
 # -- objects
 
 
-def _does_not_check(self: Arrival, size: int, start: int, piece: memoryview, checksum: int) -> None:
-    nbytes = piece.nbytes
-    self.add(size, start, piece)
-    self._pieces.append((start, nbytes, checksum))
-
-
 def _hands_over_without(original: Callable[..., Any], self: Exchange, key: bytes, part: bytes, batch: int) -> bool:
     original(self, key, part, batch)
     return key in self._arrivals
@@ -229,7 +223,7 @@ MUTANTS: dict[str, Mutant] = {
     "node: the driver's lease is too short": Mutant(agent_module, "DRIVER_LEASE_S", 3.0, BRIEF),
     "node: what is taken back runs as well": _around(Agent, "_steal", _steals_twice),
     "node: what waits is not handed over": _around(Agent, "_on_part", _hands_over_once),
-    "objects: a piece is not checked": Mutant(Arrival, "check", _does_not_check),
+    "objects: a piece is not checked": Mutant(Arrival, "check", staticmethod(_nothing)),
     "objects: a source that is silent is waited for": Mutant(Objects, "_is_late", staticmethod(lambda *_: False)),
     "objects: nobody is asked for what is missing": _around(
         Objects, "_failed", lambda original, self, *args: [deed for deed in original(self, *args) if deed.what != ASK]),

@@ -106,7 +106,7 @@ class Exchange:
             arrival = self._arrivals[key] = Arrival(size)
         if start < arrival.have:
             return  # another one has brought it meanwhile
-        arrival.check(size, start, piece, checksum)
+        arrival.add(size, start, piece, checksum)
         known.size = size
         for peer in list(self._pullers.get(key, ())):
             self._serve(key, peer)
@@ -187,6 +187,7 @@ class Exchange:
             self._do(self.objects.refused(message.key, address, now))
             return
         try:
+            Arrival.check(frames[1], message.checksum)
             self._add(message.key, message.size, message.start, message.checksum, frames[1])
         except (BadPiece, OSError):
             self._do(self.objects.refused(message.key, address, now))

@@ -89,7 +89,7 @@ class Filling:
 
 
 class Arrival(Filling):
-    """An object that is being filled: each piece has a checksum, which stays with it when it is sent on."""
+    """An object that is being filled: each piece has a checksum, the driver's, which goes along when it is sent on."""
 
     __slots__ = ("_pieces",)
 
@@ -97,15 +97,19 @@ class Arrival(Filling):
         super().__init__(size, most_bytes)
         self._pieces: list[tuple[int, int, int]] = []  # start, bytes, checksum
 
-    def check(self, size: int, start: int, piece: memoryview, checksum: int) -> None:
-        """Add a piece. Raises BadPiece if it is not the next one, or not what was sent; nothing is added then."""
+    @staticmethod
+    def check(piece: memoryview, checksum: int) -> None:
+        """Raise BadPiece if a piece is not what the driver has sent. One that comes from the driver itself need not be
+        looked at: the cipher has, and this would make the node's loop slower than it."""
+        if zlib.crc32(piece) != checksum:
+            raise BadPiece(f"{piece.nbytes} bytes of an object are not what was sent: their checksum differs")
+
+    def add(self, size: int, start: int, piece: memoryview, checksum: int = 0) -> None:
+        """The next piece. Raises BadPiece if it is another one, OSError if there is no memory for it."""
         if start - self.have >= segments.ALIGN:
             raise BadPiece(f"a piece at {start} came after {self.have} bytes: one between them is missing")
-        if zlib.crc32(piece) != checksum:
-            raise BadPiece(f"{piece.nbytes} bytes at {start} are not what was sent: their checksum differs")
-        nbytes = piece.nbytes
-        self.add(size, start, piece)
-        self._pieces.append((start, nbytes, checksum))
+        super().add(size, start, piece)
+        self._pieces.append((start, piece.nbytes, checksum))
 
     def after(self, start: int, upto: int) -> list[tuple[int, int, bytes]]:
         """The pieces that are here and begin in that range: (start, checksum, content)."""
