@@ -25,10 +25,8 @@ SHARES = 8
 # Within so many histories each mutant must be caught.
 CAUGHT_WITHIN = 150
 # Where to begin, for those that are seldom noticed.
-FIRST = {"driver: a lost node is not dismissed": 1800, "driver: a lost node is avoided for ever": 320,
-         "node: does not send again": 185,
-         "driver: a connection that only the node has seen end is kept": 185,
-         "objects: a source that is silent is waited for": 70}
+FIRST = {"driver: a lost node is not dismissed": 1800, "driver: a lost node is avoided for ever": 540,
+         "node: does not send again": 185, "objects: a source that is silent is waited for": 70}
 # Seeds that notice a bug that dpool once had, their kind, and what it was.
 OLD = {
     (0, BRIEF): "a driver that was stopped for ten seconds gave up all its nodes",
