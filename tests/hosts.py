@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -89,6 +90,7 @@ class Hosts:
         self._slow: dict[int, tuple[float, float, float]] = {}
         self._off: set[int] = set()
         self._busy: dict[tuple[int, str], float] = {}  # until when a host's link is busy, out and in
+        self.bytes: Counter[tuple[int, int]] = Counter()  # (from, to) -> what has passed, headers included
         self._random = random.Random(0)
         self._stopping = False
         self._wake, self._waker = os.pipe()
@@ -112,6 +114,11 @@ class Hosts:
                 self._cut.add((host, other))
                 if not oneway:
                     self._cut.add((other, host))
+
+    def cut_between(self, one: int, other: int) -> None:
+        """Lose all frames between two hosts."""
+        with self._lock:
+            self._cut |= {(one, other), (other, one)}
 
     def heal(self) -> None:
         """End all cuts."""
@@ -198,7 +205,7 @@ class Hosts:
         return due
 
     def _switch(self) -> None:
-        queue: list[tuple[float, int, int, bytes]] = []
+        queue: list[tuple[float, int, int, int, bytes]] = []
         sequence = 0
         while not self._stopping:
             wait = max(0.0, queue[0][0] - time.monotonic()) if queue else None
@@ -227,14 +234,15 @@ class Hosts:
                             due = self._due(source, target, len(frame), now)
                             if due is not None:
                                 sequence += 1
-                                heapq.heappush(queue, (due, sequence, target, frame))
+                                heapq.heappush(queue, (due, sequence, source, target, frame))
             now = time.monotonic()
             while queue and queue[0][0] <= now:
-                _, _, target, frame = heapq.heappop(queue)
+                _, _, source, target, frame = heapq.heappop(queue)
                 try:
                     os.write(self.hosts[target].tap, frame)
                 except OSError:
-                    pass  # its queue is full, or it is off: lost, as on a real network
+                    continue  # its queue is full, or it is off: lost, as on a real network
+                self.bytes[source, target] += len(frame)
 
 
 def _become_host(settings: dict[str, Any]) -> None:

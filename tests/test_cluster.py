@@ -26,8 +26,7 @@ from leftovers import read_line
 
 import dpool
 from dpool import session
-from dpool.cluster.driver import remote
-from dpool.cluster.store.transfer import pieces
+from dpool.cluster.driver import luggage
 from dpool.concurrent.futures import ProcessPoolExecutor
 from dpool.errors import GroupBroken, GroupTerminated, WorkerDied
 from dpool.multiprocessing import Pool, get_context
@@ -468,21 +467,24 @@ def test_refs_as_arguments_and_results_across_nodes(driver: Cluster) -> None:
         assert pool.apply(sum_of, (dpool.put(np.ones(3)), *results[:2])) == 3 + 500_000.0 * 3
 
 
-def test_an_object_travels_once_to_each_node(driver: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_leaves_the_driver_once_for_all_nodes_and_pools(driver: Cluster,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     size = 1 << 20
     sent: list[int] = []
 
-    def counted(descriptor: int, parts: Any = None) -> Any:
-        found = pieces(descriptor, parts)
-        sent.extend(piece.nbytes for _, _, piece in found)
-        return found
+    def counted(*args: Any) -> Any:
+        for message in stored(*args):
+            assert message[4] is not None
+            sent.append(message[4].nbytes)
+            yield message
 
-    monkeypatch.setattr(remote, "pieces", counted)
+    stored = luggage.stored
+    monkeypatch.setattr(luggage, "stored", counted)
     ref = dpool.put(np.zeros(size // 8))
-    with Pool(4) as pool:
-        zygotes = set(pool.starmap(parent_with, [(ref,)] * 40, chunksize=1))
-    assert len(zygotes) == 2
-    assert 2 * size <= sum(sent) < 2.1 * size
+    with Pool(4) as pool, Pool(4) as other:
+        for one in (pool, other):
+            assert len(set(one.starmap(parent_with, [(ref,)] * 40, chunksize=1))) == 2
+    assert size <= sum(sent) < 1.1 * size
 
 
 def test_an_object_is_freed_on_the_nodes_when_the_driver_frees_it(driver: Cluster) -> None:

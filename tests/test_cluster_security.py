@@ -406,6 +406,33 @@ def test_a_frame_that_is_too_large_ends_the_connection(cluster: Cluster, dial: o
     works(cluster)
 
 
+def test_an_agent_gets_objects_of_a_node_and_nothing_else(dial: object) -> None:
+    dialer: links.Dialer = dial(1, AGENT)  # type: ignore[operator]
+    key, nobody = os.urandom(16), sessions.HEADER.pack(sessions.CONTROL, 0, 0, 0, 0, 0)
+    # A driver would be answered to both.
+    dialer.send((nobody + messages.encode(messages.Pulse(key, 0)),))
+    dialer.send((nobody + messages.encode(messages.Resume(key, 0, True, 1)),))
+    dialer.send((messages.encode(messages.Enough(key)),))
+    dialer.send((messages.encode(messages.Pull(key, 0, 1 << 60)),))
+    assert [messages.from_source.decode(answer) for answer in _answers(dialer)] == [messages.NotHere(key)]
+    driver: links.Dialer = dial(1)  # type: ignore[operator]
+    driver.send((messages.encode(messages.Pull(key, 0, 1 << 60)),))
+    driver.send((nobody + messages.encode(messages.Pulse(key, 0)),))
+    told = [messages.from_node.decode(answer[sessions.HEADER.size:]) for answer in _answers(driver)]
+    assert told == [messages.Gone(key)]
+
+
+def _answers(dialer: links.Dialer) -> list[bytes]:
+    found: list[bytes] = []
+
+    def look() -> bool:
+        found.extend(bytes(frames[0]) for frames in dialer.receive())
+        return bool(found)
+
+    until(look, "it is answered")
+    return found
+
+
 def test_an_agent_may_not_stop_the_cluster(cluster: Cluster, dial: object) -> None:
     dialer: links.Dialer = dial(0, AGENT)  # type: ignore[operator]
     dialer.send((messages.encode(messages.StopCluster()),))

@@ -49,7 +49,8 @@ FLOORS: dict[str, set[str]] = {
 
 # The files that decide.
 PURE = ["dpool.errors", "dpool.batching", "dpool.resources", "dpool.engine", "dpool.cluster.driver.dispatch",
-        "dpool.cluster.driver.dealing", "dpool.cluster.node.supervisor", "dpool.cluster.node.ledger",
+        "dpool.cluster.driver.dealing", "dpool.cluster.driver.spreading", "dpool.cluster.node.supervisor",
+        "dpool.cluster.node.ledger", "dpool.cluster.node.objects",
         "dpool.cluster.head.membership", "dpool.cluster.store.ledger"]
 # What makes a file act. The files that decide may import nothing that imports these at its top, either.
 ACTING = {"socket", "select", "selectors", "threading", "_thread", "queue", "time", "datetime", "os", "io", "mmap",

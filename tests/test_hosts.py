@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from clusters import PATIENCE_S, ROOT, Process, until
+from clusters import PATIENCE_S, ROOT, Process, children_of, until
 from hosts import Hosts, address, possible
 
 from dpool.cluster.wire.keys import Keys, write
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(not possible(), reason="hosts need root, namespa
 HEAD, FIRST, SECOND = 0, 1, 2
 
 DRIVER = """
-import json, os, sys, time
+import json, os, random, sys, time, zlib
+import dpool
 from dpool.multiprocessing import Pool
 
 def task(path, value):
@@ -39,8 +40,14 @@ def nested(count):
         hosts = {host for _, host in pool.starmap(task, [("", value) for value in range(100)], chunksize=1)}
         return os.uname().nodename, sorted(hosts), sorted({process.host for process in pool._pool})
 
+def look(content, checksum, value):
+    time.sleep(0.1)
+    assert zlib.crc32(content) == checksum
+    return value, os.uname().nodename
+
 if __name__ == "__main__":
-    pool = Pool(4)
+    pool = Pool(int(sys.argv[1]))
+    others = []
     running = None
     for line in sys.stdin:
         order, *arguments = json.loads(line)
@@ -52,6 +59,17 @@ if __name__ == "__main__":
             answer = None
         elif order == "lengths":
             answer = running.get(100)
+        elif order == "put":
+            content = random.randbytes(arguments[0])
+            ref, checksum = dpool.put(content), zlib.crc32(content)
+            answer = None
+        elif order == "look":
+            running = pool.starmap_async(look, [(ref, checksum, value) for value in range(arguments[0])], chunksize=1)
+            answer = None
+        elif order == "other pool":
+            others.append(pool)
+            pool = Pool(arguments[0])
+            answer = None
         elif order == "result":
             answer = running.get(100)
         elif order == "hosts":
@@ -61,29 +79,32 @@ if __name__ == "__main__":
         elif order == "sessions":
             answer = sorted(key.hex() for key in pool._group.port._nodes)
         print(json.dumps(answer), flush=True)
-    pool.terminate()
+    for one in (pool, *others):
+        one.terminate()
 """
 
 
 class Lab:
-    """Three hosts: the head and the driver on one, nodes with two CPUs each on the others."""
+    """The head and the driver on one host, `nodes` nodes on hosts of their own; a pool with a worker for each CPU."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, nodes: int = 2, cpus: int = 2) -> None:
         write(directory / "key", Keys.new())
         (directory / "driver.py").write_text(DRIVER)
-        self.hosts = Hosts(3, [Path(sys.prefix), Path(sys.base_prefix), ROOT, directory])
+        self.hosts = Hosts(1 + nodes, [Path(sys.prefix), Path(sys.base_prefix), ROOT, directory])
         self._settings = [f"DPOOL_KEY_FILE={directory / 'key'}", f"PYTHONPATH={ROOT}"]
         self._directory = directory
         self.processes: list[Process] = []
         self.address = f"tcp://{address(HEAD)}:7077"
         self.start(HEAD, "-m", "dpool", "head", "--bind", self.address).expect("listens")
-        self.nodes = [self.start(host, "-m", "dpool", "node", self.address, "--cpus", "2") for host in (FIRST, SECOND)]
+        self.numbers = range(1, 1 + nodes)
+        self.nodes = [self.start(host, "-m", "dpool", "node", self.address, "--cpus", str(cpus))
+                      for host in self.numbers]
         for node in self.nodes:
             node.expect("joined")
         command = self.hosts.command(HEAD, ["env", *self._settings, f"DPOOL_ADDRESS={self.address}", sys.executable,
-                                            str(directory / "driver.py")])
+                                            str(directory / "driver.py"), str(nodes * cpus)])
         self.driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.ask("hosts") == ["h1", "h2"]
+        assert self.ask("hosts") == [f"h{number}" for number in self.numbers]
 
     def start(self, host: int, *arguments: str) -> Process:
         command = self.hosts.command(host, ["env", *self._settings, sys.executable, *arguments])
@@ -135,9 +156,10 @@ class Lab:
         self.driver.stdin.close()
         try:
             assert self.driver.wait(PATIENCE_S) == 0
-            # Nothing of the driver's is left on the nodes: the agent, its zygote, and nothing else.
-            for host in (FIRST, SECOND):
-                until(lambda host=host: len(self.hosts.processes(host)) == 2, "workers are gone")  # type: ignore[misc]
+            # Nothing of the driver's is left on the nodes: the agent and its zygote, and not even those where the
+            # agent was killed.
+            for host in self.numbers:
+                until(lambda host=host: len(self.hosts.processes(host)) in (0, 2), "workers are gone")  # type: ignore[misc]
         finally:
             self.driver.kill()
             self.driver.wait()
@@ -145,8 +167,8 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    lab = Lab(tmp_path)
+def lab(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    lab = Lab(tmp_path, *getattr(request, "param", ()))
     yield lab
     lab.hosts.heal()
     lab.close()
@@ -239,3 +261,69 @@ def test_a_node_that_is_stopped_for_a_moment_is_not_given_up(lab: Lab) -> None:
         time.sleep(2)  # the stop's length is what is under test
     assert set(lab.result(400)) == {"h1", "h2"}
     assert lab.ask("sessions") == before
+# -- objects: which way they go is counted in bytes on the links
+
+MB = 1 << 20
+# What a link carries beside an object: headers of TCP and of the cipher, and all other messages.
+MORE = 1.25
+
+
+@pytest.mark.parametrize("lab", [(4, 1)], indirect=True, ids=["four nodes"])
+def test_a_broadcast_leaves_the_driver_once_and_comes_to_each_node_once(lab: Lab) -> None:
+    size = 8 * MB
+    lab.ask("put", size)
+    lab.ask("look", 40)
+    assert set(lab.result(40)) == {"h1", "h2", "h3", "h4"}
+    sent = lab.hosts.bytes
+    assert size <= sum(sent[HEAD, node] for node in lab.numbers) < MORE * size
+    for node in lab.numbers:
+        assert size <= sum(sent[other, node] for other in range(5)) < MORE * size
+
+
+@pytest.mark.parametrize("lab", [(1, 8)], indirect=True, ids=["eight workers"])
+def test_an_object_comes_once_to_a_node_for_all_its_workers_and_pools(lab: Lab) -> None:
+    size = 8 * MB
+    lab.ask("put", size)
+    for _ in range(2):
+        lab.ask("look", 40)
+        assert set(lab.result(40)) == {"h1"}
+        lab.ask("other pool", 8)
+    assert size <= lab.hosts.bytes[HEAD, FIRST] < MORE * size
+
+
+def _between_nodes(lab: Lab) -> tuple[int, int]:
+    """Which of the two nodes gives the other one the object, and which one gets it; waits until it does."""
+    ways = [(FIRST, SECOND), (SECOND, FIRST)]
+    until(lambda: any(lab.hosts.bytes[way] > MB for way in ways), "a node serves the other")
+    return max(ways, key=lambda way: lab.hosts.bytes[way])
+
+
+def test_a_node_that_serves_another_is_killed(lab: Lab) -> None:
+    lab.ask("put", 64 * MB)
+    lab.ask("look", 40)
+    source, target = _between_nodes(lab)
+    (agent,) = children_of(lab.nodes[source - 1].pid)  # of what entered the host
+    os.kill(agent, signal.SIGKILL)
+    lab.nodes[source - 1].wait()
+    until(lambda: not lab.hosts.processes(source), "its processes are gone")
+    assert lab.hosts.bytes[source, target] < 64 * MB, "it was killed too late"
+    assert f"h{target}" in lab.result(40)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_link_between_nodes_is_cut(lab: Lab, when: str) -> None:
+    sessions = lab.ask("sessions")
+    size = 48 * MB
+    lab.ask("put", size)
+    if when == "before":
+        lab.hosts.cut_between(FIRST, SECOND)
+        lab.ask("look", 40)
+    else:
+        lab.ask("look", 40)
+        way = _between_nodes(lab)
+        lab.hosts.cut_between(FIRST, SECOND)
+        assert lab.hosts.bytes[way] < size, "it was cut too late"
+    assert set(lab.result(40)) == {"h1", "h2"}
+    # Nobody was given up, and the driver has sent what the other node could not.
+    assert lab.ask("sessions") == sessions
+    assert sum(lab.hosts.bytes[HEAD, node] for node in (FIRST, SECOND)) > 1.2 * size

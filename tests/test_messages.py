@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpool.cluster.store import segments
-from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
+from dpool.cluster.store.transfer import Arrival, Arrivals, BadPiece, pieces
 from dpool.cluster.wire import frames, messages
 from dpool.cluster.wire.sessions import ACK, CONTROL, HEADER, ProtocolError, Session
 
@@ -64,6 +65,35 @@ def test_pieces_that_do_not_fit(size: int, start: int, length: int) -> None:
     arrivals.close()
 
 
+def test_an_object_can_be_sent_on_while_it_comes() -> None:
+    content = bytes(range(200))
+    arrival = Arrival(200)
+    for start in (0, 100):
+        piece = content[start:start + 100]
+        arrival.add(200, start, memoryview(piece), zlib.crc32(piece))
+        assert b"".join(found for _, _, found in arrival.after(0, 200)) == content[:start + 100]
+    assert arrival.whole
+    assert [(start, checksum) for start, checksum, _ in arrival.after(1, 150)] == [(100, zlib.crc32(content[100:]))]
+    assert arrival.after(200, 300) == [] == arrival.after(0, 0)
+    arrival.close()
+
+
+def test_pieces_of_objects_that_are_spoilt_or_missing() -> None:
+    arrival = Arrival(300)
+    piece = memoryview(bytes(100))
+    arrival.check(piece, zlib.crc32(piece))
+    with pytest.raises(BadPiece, match="checksum"):
+        arrival.check(piece, zlib.crc32(piece) ^ 1)
+    arrival.add(300, 0, piece, zlib.crc32(piece))
+    for start in (200, 0):
+        with pytest.raises(BadPiece):
+            arrival.add(300, start, piece)
+    assert arrival.have == 100 and len(arrival.after(0, 300)) == 1
+    with pytest.raises(BadPiece, match="announced"):
+        Arrival(1 << 60)
+    arrival.close()
+
+
 def test_pieces_that_go_back() -> None:
     arrivals = Arrivals()
     arrivals.add(10, 0, memoryview(b"12345"))
@@ -113,7 +143,8 @@ def test_a_session_refuses_what_cannot_be() -> None:
 
 @given(st.binary(max_size=300))
 def test_messages_that_are_none_raise_decodeerror_alone(data: bytes) -> None:
-    for decoder in (messages.to_head, messages.from_head, messages.to_node, messages.from_node):
+    for decoder in (messages.to_head, messages.from_head, messages.to_node, messages.from_node, messages.to_source,
+                    messages.from_source):
         try:
             decoder.decode(data)
         except msgspec.DecodeError:

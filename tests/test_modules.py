@@ -204,17 +204,17 @@ def test_a_module_travels_to_a_node_once(cluster: Cluster, tmp_path: Path) -> No
 
         if __name__ == "__main__":
             asked, sent = [], []
-            answer, post_pieces = remote.answer, remote.ClusterPort._post_pieces
+            answer, segment = remote.answer, remote.segment
 
             def counted(question, fetch):
                 asked.append(question)
                 return answer(question, fetch)
 
-            def posted(self, node, segment):
-                sent.append(segment)
-                return post_pieces(self, node, segment)
+            def posted(carried):
+                sent.append(carried)
+                return segment(carried)
 
-            remote.answer, remote.ClusterPort._post_pieces = counted, posted
+            remote.answer, remote.segment = counted, posted
             for _ in range(2):
                 with Pool(2) as pool, tempfile.TemporaryDirectory() as directory:
                     pool.map(mine.meet, [directory] * 4, chunksize=1)

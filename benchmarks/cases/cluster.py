@@ -69,14 +69,14 @@ def array_arguments(target: str, quick: bool) -> Sample:
 
 
 @case("cluster.join", "a node's start, until it has joined", Metric("s", "a node", "s"), targets=("dpool",),
-      bars=(Bar("s", 1.0, against=""),))
+      reference="dpool", bars=(Bar("s", 1.0, against=""),))
 def join(target: str, quick: bool) -> Sample:
     with open_dpool_cluster(nodes=1) as another:
         return {"s": seconds(another, quick)}
 
 
 @case("cluster.modules", "a package of 50 modules that only the driver has, until a worker has imported it",
-      Metric("s", "in all", "s"), targets=("dpool",), bars=(Bar("s", 1.0, against=""),))
+      Metric("s", "in all", "s"), targets=("dpool",), reference="dpool", bars=(Bar("s", 1.0, against=""),))
 def modules(target: str, quick: bool) -> Sample:
     """Each module has two hundred lines of functions and imports the one before it."""
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
@@ -98,7 +98,7 @@ def modules(target: str, quick: bool) -> Sample:
 
 
 @case("cluster.transfer", "an object of 256 MB to a node", Metric("s", "in all", "s"),
-      Metric("of_link", "of a bare encrypted link", "times", ratio=False), targets=("dpool",),
+      Metric("of_link", "of a bare encrypted link", "times", ratio=False), targets=("dpool",), reference="dpool",
       bars=(Bar("of_link", 1.11, against=""),))
 def transfer(target: str, quick: bool) -> Sample:
     megabytes = 64 if quick else 256

@@ -20,7 +20,7 @@ from unittest import mock
 from dpool import engine
 from dpool.cluster.driver import dispatch as dispatch_module
 from dpool.cluster.driver import group as group_module
-from dpool.cluster.driver import remote
+from dpool.cluster.driver import luggage, spreading
 from dpool.cluster.driver.client import Client
 from dpool.cluster.driver.dispatch import Dispatch, Job
 from dpool.cluster.driver.functions import FunctionTable
@@ -28,9 +28,10 @@ from dpool.cluster.driver.group import Group
 from dpool.cluster.driver.remote import ClusterPort
 from dpool.cluster.head.membership import Membership
 from dpool.cluster.head.server import Head
+from dpool.cluster.node import exchange
 from dpool.cluster.node.agent import ORPHAN_AFTER_S, Agent, Part
 from dpool.cluster.node.workers import Workers
-from dpool.cluster.store import store, transfer
+from dpool.cluster.store import refs, store, transfer
 from dpool.cluster.wire import frames, messages
 from dpool.cluster.wire.keys import Keys
 from dpool.engine import Failure, GroupSpec
@@ -62,9 +63,11 @@ NORMAL, RAISES, POISON = range(3)
 Key = tuple[int, int]
 
 
-def deed(item: tuple[int, int, int]) -> int:
-    """What tasks do."""
-    job, task, kind = item
+def deed(item: Sequence[Any]) -> int:
+    """What tasks do. Some have an object, too, at which their worker has looked."""
+    job: int = item[0]
+    task: int = item[1]
+    kind: int = item[2]
     if kind == RAISES:
         raise ValueError(task)
     return job * 1_000_003 + task * 7_919
@@ -76,8 +79,16 @@ class Deed:
     def __init__(self, ballast: bytes) -> None:
         self.ballast = ballast
 
-    def __call__(self, item: tuple[int, int, int]) -> int:
+    def __call__(self, item: Sequence[Any]) -> int:
         return deed(item)
+
+
+def _rebuild(key: bytes) -> bytes:
+    """A worker's ref: all workers of a history have one store, so they keep no handles of their own."""
+    return key
+
+
+_rebuild.__module__ = refs.__name__
 
 
 class Sink:
@@ -196,6 +207,7 @@ class NodeMachine:
         self.agent = Agent(KEYS, HEAD, bind, cpus, Stock({}), history.world.say, ORPHAN_AFTER_S,
                            Place(history.network, self.process), self._make_workers)
         self.address = self.agent.address
+        self._add, self.agent.exchange._add = self.agent.exchange._add, self._on_piece  # type: ignore[method-assign]
         Thread(self.process, host, self._step, cast(Waker, self.agent._waker))
 
     def _make_workers(self, part: Part, message: messages.Open) -> Workers:
@@ -207,11 +219,17 @@ class NodeMachine:
                 history.died_in[running] += 1
 
         return cast(Workers, SimWorkers(history.world, history.network, history.habits,
-                                        lambda key: history.begins(self, key), message, died))
+                                        lambda key: history.begins(self, key), history.looks, message, died))
+
+    def _on_piece(self, key: bytes, size: int, start: int, checksum: int, piece: memoryview) -> None:
+        """Of an object; the agent's exchange takes it in."""
+        self.history.arrived[self.agent.id, key] += piece.nbytes
+        self._add(key, size, start, checksum, piece)
 
     def _step(self) -> bool:
         agent = self.agent
         agent.step()
+        agent.exchange.validate()
         for part in agent._parts.values():
             part.ledger.validate()
         if agent._stop.is_set() or agent.refused:
@@ -229,6 +247,7 @@ class NodeMachine:
                     driver.kill(silent=True)
             for part in self.agent._parts.values():
                 part.close()
+            self.agent.exchange.close()
 
     @property
     def parts(self) -> list[SimWorkers]:
@@ -236,17 +255,22 @@ class NodeMachine:
 
 
 class Driver:
-    """A program with one pool: the client's thread and the group's. One that is a task has the host of its node."""
+    """A program with one pool: the client's thread and the group's. Or another pool of the program of `first`. One that
+    is a task, `inside` a worker, has the host of its node."""
 
-    def __init__(self, history: History, number: int, spec: GroupSpec, host: str = "",
+    def __init__(self, history: History, number: int, spec: GroupSpec, first: Driver | None = None, host: str = "",
                  inside: messages.Inside | None = None) -> None:
         self.history = history
         self.spec = spec
         self.name = f"driver{number}"
         self.inside = inside
-        self.process = Process(history.world, host or self.name, self.name)
-        self.place = Place(history.network, self.process)
-        self.client = Client(KEYS, HEAD, self.place, inside)
+        self.pools: list[Driver] = first.pools if first is not None else []
+        self.pools.append(self)
+        self.refs: list[refs.ObjectRef] = first.refs if first is not None else []
+        self.process: Process = (first.process if first is not None
+                                 else Process(history.world, host or self.name, self.name))
+        self.place: Place = first.place if first is not None else Place(history.network, self.process)
+        self.client: Client = first.client if first is not None else Client(KEYS, HEAD, self.place, inside)
         self.group: Group | None = None
         self.sinks: list[Sink] = []
         self.to_submit = 0
@@ -254,8 +278,9 @@ class Driver:
         self._retry_at = 0.0
         self._turns = 0
         self.port = ClusterPort(self.client, spec)
-        Thread(self.process, f"{self.name}, client", self.client.step, self.place.wakers[0])
-        self.thread = Thread(self.process, f"{self.name}, group", self._step, self.place.wakers[1])
+        if first is None:
+            Thread(self.process, f"{self.name}, client", self.client.step, self.place.wakers[0])
+        self.thread = Thread(self.process, f"{self.name}, group", self._step, self.place.wakers[-1])
 
     @property
     def finished(self) -> bool:
@@ -293,7 +318,8 @@ class Driver:
                 self.phase = "closed"
             self._check()
             if self.phase == "closed":
-                self.client.close()
+                if all(pool.phase == "closed" for pool in self.pools):
+                    self.client.close()
                 return False
         return True
 
@@ -338,7 +364,10 @@ class Driver:
         single = random.random() < 0.3
         many = 60 if history.tempo > 0.01 else 200
         kinds = [history.kind_of_task() for _ in range(1 if single else random.choice([1, 3, 20, many]))]
-        items = [(number, task, kind) for task, kind in enumerate(kinds)]
+        items: list[tuple[Any, ...]] = [(number, task, kind) for task, kind in enumerate(kinds)]
+        if self.refs and random.random() < 0.8:
+            ref = random.choice(self.refs)
+            items = [(*item, ref) for item in items]
         sink = Sink(history, self, number, kinds)
         self.sinks.append(sink)
         if single:
@@ -346,9 +375,17 @@ class Driver:
         else:
             group.submit_many(function, items, engine.MAP, sink)
         self.to_submit -= 1
+        self._forget_some()
         self.port._owner = owner
-        if not self.to_submit and random.random() < 0.5:
+        # In a calm history an object that one pool had stays for the other.
+        if not self.to_submit and random.random() < 0.5 and (len(self.pools) == 1 or history.kind != CALM):
             group.close()
+
+    def _forget_some(self) -> None:
+        """The program lets go of an object that no task needs any more."""
+        random = self.history.world.random
+        if self.refs and random.random() < 0.2 and not any(sink.left for pool in self.pools for sink in pool.sinks):
+            self.history.forget(self.refs.pop(random.randrange(len(self.refs))))
 
     def close(self) -> None:
         if self.group is not None:
@@ -356,16 +393,22 @@ class Driver:
 
     def kill(self, silent: bool = False) -> None:
         """The process ends; what its kernel would close is closed."""
-        if not self.process.alive:
-            return
-        self.process.die()
-        self.history.network.died(self.process, silent)
+        if self.process.alive:
+            self.process.die()
+            self.history.network.died(self.process, silent)
+            for pool in self.pools:
+                pool._let_go()
+
+    def _let_go(self) -> None:
         for node in self.port._nodes.values():
             node.arrivals.close()
         if self.group is not None and self.phase != "closed":
-            for number in self.group._lent:
-                self.group._store.lost((self.group, number))
-            self.group._store.detach()
+            here = self.group._store
+            holders = [one.holder for one in here.ledger.segments.values() if type(one.holder) is tuple]
+            for holder in holders:
+                if holder[0] is self.group:
+                    here.lost(holder)
+            here.detach()
 
     def end_with_worker(self) -> None:
         """The worker that it is in has ended."""
@@ -400,9 +443,14 @@ class History:
         self.tail = random.choice([10.0, 10.0, 1000.0]) if self.tempo < 0.01 else 5.0  # what a few take longer
         self.segments = random.random() < 0.3
         self.by_name = random.random() < 0.2
+        self.objects = random.choice([0, 0, 1, 3])  # that a driver's tasks need
+        self.contents: dict[bytes, bytes] = {}  # of objects
+        self.arrived: Counter[tuple[bytes, bytes]] = Counter()  # node, object -> bytes
+        self.network.spoils = random.choice([0.0, 0.01]) if self.kind == WILD else 0.0
         self.losses = random.choice([0, 1, 3])  # how often a task may be run again whose node is lost
         # Not the process's: that one keeps segments warm for whatever else the process does.
         self.store = store.Store(store.memory_bytes(), tempfile.gettempdir())
+        self.store._keep_warm_alone = lambda: None  # type: ignore[method-assign]  # by a thread of its own
         self.jobs = 0
         # How many tasks are still to become drivers; None where tasks do not. By a random of its own, so that all other
         # histories are what they are without it.
@@ -436,6 +484,24 @@ class History:
         if self.by_name:
             return deed
         return Deed(bytes(self.world.random.choice([0, 0, 500])))
+
+    def new_ref(self) -> refs.ObjectRef:
+        """A new object, of a size that all nodes get from the driver or of one that they get from each other."""
+        content = self.world.random.randbytes(self.world.random.choice([100, 1_000, 5_000, 20_000]))
+        ref = refs.store_value(content)
+        assert ref._stored is not None
+        self.contents[ref.key] = bytes(self.store.open(ref._stored)[0])
+        return ref
+
+    def forget(self, ref: refs.ObjectRef) -> None:
+        """As when the last handle goes, but at a time that does not depend on the garbage collector."""
+        ref._stored = None
+        self.store.drop(ref.key)
+
+    def looks(self, key: bytes, content: bytes) -> None:
+        """A worker looks at an object."""
+        if content != self.contents[key]:
+            raise Violation(f"object {key.hex()} is not what was stored")
 
     def kind_of_task(self) -> int:
         luck = self.world.random.random()
@@ -490,7 +556,10 @@ class History:
               mock.patch.object(frames, "INLINE_MAX_BYTES", 100 if self.segments else frames.INLINE_MAX_BYTES),
               mock.patch.object(transfer, "PIECE_BYTES", 64 if self.segments else transfer.PIECE_BYTES),
               mock.patch.object(dispatch_module, "NODE_LOSSES", self.losses),
-              mock.patch.object(remote, "MAX_KEPT", 2 if self.segments else remote.MAX_KEPT)):
+              mock.patch.object(refs, "SMALL_BYTES", 16), mock.patch.object(refs, "_rebuild", _rebuild),
+              mock.patch.object(spreading, "FETCH_MIN_BYTES", 500), mock.patch.object(exchange, "WINDOW_BYTES", 2_000),
+              mock.patch.object(transfer, "OBJECT_PIECE_BYTES", 100),
+              mock.patch.object(luggage, "MAX_KEPT", 2 if self.segments else luggage.MAX_KEPT)):
             yield
 
     def _begin(self) -> None:
@@ -506,6 +575,11 @@ class History:
             driver = Driver(self, number, spec)
             driver.to_submit = random.randint(1, 4) if self.kind in (CALM, DEATHS) else random.randint(2, 8)
             self.drivers.append(driver)
+            driver.refs += [self.new_ref() for _ in range(self.objects)]
+            if self.objects and random.random() < 0.4:
+                other = Driver(self, number + 10, GroupSpec(random.randint(1, 4), None), driver)  # type: ignore[arg-type]
+                other.to_submit = random.randint(1, 4)
+                self.drivers.append(other)
 
     def _nest(self) -> None:
         """Some worker's task becomes a driver of the cluster that it runs on. It does not wait for its pool."""
@@ -520,7 +594,7 @@ class History:
         node, part, worker = random.choice(found)
         spec = GroupSpec(random.randint(1, 4), None, retries=random.randint(0, 2),  # type: ignore[arg-type]
                          max_tasks=random.choice([None, 5]), all_cpus=random.random() < 0.2)
-        driver = Driver(self, len(self.drivers), spec, node.host,
+        driver = Driver(self, len(self.drivers), spec, None, node.host,
                         messages.Inside(node.agent.id, part.group, worker.pid))
         self.world.say(f"{driver.name} is in worker {worker.slot} on {node.host}")
         driver.to_submit = random.randint(1, 3)
@@ -551,6 +625,10 @@ class History:
                      for driver in self.drivers for sink in driver.sinks if sink.left and driver.process.alive]
             phases = [(driver.name, driver.phase, driver.to_submit) for driver in self.drivers]
             raise Violation(f"nothing is done within {DONE_WITHIN_S:.0f} s: {stuck or phases}")
+        twice = [(key.hex(), count) for (_, key), count in self.arrived.items()
+                 if spreading.FETCH_MIN_BYTES <= len(self.contents[key]) < count]
+        if self.kind == CALM and twice:
+            raise Violation(f"objects came more than once to a node: {twice}")
         if self.kind in (CALM, BRIEF):
             again = [key for key, count in self.begun.items() if count != 1]
             if again:
@@ -573,7 +651,8 @@ class History:
         def forgotten() -> bool:
             head = self.head.head.membership
             living = [node for node in self.nodes if node.process.alive]
-            return (all(driver.gone for driver in self.drivers) and not any(node.agent._parts for node in living)
+            kept = any(node.agent._parts or node.agent.exchange.objects.keys for node in living)
+            return (all(driver.gone for driver in self.drivers) and not kept
                     and not head.drivers and set(head.nodes) == {node.agent.id for node in living})
 
         if not self.world.run(until, forgotten):
@@ -588,6 +667,9 @@ class History:
                 driver.kill()
         for node in self.nodes:
             node.kill()
+        for ref in [ref for driver in self.drivers for ref in driver.refs]:
+            if ref._stored is not None:
+                self.forget(ref)
 
 
 def _open_descriptors() -> int:

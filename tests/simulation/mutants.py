@@ -16,16 +16,22 @@ from dpool.cluster.driver import client as client_module
 from dpool.cluster.driver import remote as remote_module
 from dpool.cluster.driver.client import Client
 from dpool.cluster.driver.dispatch import Dispatch
+from dpool.cluster.driver.luggage import Luggage, Sharing
 from dpool.cluster.driver.remote import ClusterPort
+from dpool.cluster.driver.spreading import DRIVER, SEND
 from dpool.cluster.head.membership import Membership
 from dpool.cluster.node import agent as agent_module
 from dpool.cluster.node.agent import Agent
+from dpool.cluster.node.batches import Batches
+from dpool.cluster.node.exchange import Exchange
 from dpool.cluster.node.ledger import Ledger
+from dpool.cluster.node.objects import ASK, Objects
+from dpool.cluster.store.transfer import Arrival
 from dpool.cluster.wire import messages
 from dpool.cluster.wire.events import NODE_LOST
 from dpool.cluster.wire.sessions import Session
 
-from .history import BRIEF, DEATHS
+from .history import BRIEF, CALM, DEATHS
 
 
 class Mutant:
@@ -149,7 +155,7 @@ def _does_not_say_died(original: Callable[..., Any], self: Agent, part: Any, mes
 
 
 def _steals_twice(original: Callable[..., Any], self: Agent, part: Any, workers: Any, batch: int) -> None:
-    # The descriptors of what stays are its own: the agent closes those of what it has taken back.
+    # The descriptors of what stays are its own: those of what is taken back are closed.
     with mock.patch.object(Ledger, "take_back", lambda ledger, number: next(
             ((body, list(map(os.dup, descriptors))) for one, _, (body, descriptors) in ledger.waiting
              if one == number), None)):
@@ -175,6 +181,19 @@ def _says_placements_once(original: Callable[..., Any], self: Membership, driver
     before = dict(driver.placed)
     return [(peer, message) for peer, message in original(self, driver)
             if before.get(message.group) is not message]
+
+
+# -- objects
+
+
+def _hands_over_without(original: Callable[..., Any], self: Exchange, key: bytes, part: bytes, batch: int) -> bool:
+    original(self, key, part, batch)
+    return key in self._arrivals
+
+
+def _each_session_for_itself(original: Callable[..., Any], self: Sharing, key: bytes, *args: Any) -> Any:
+    original(self, key, *args)
+    return SEND, DRIVER
 
 
 MUTANTS: dict[str, Mutant] = {
@@ -216,6 +235,16 @@ MUTANTS: dict[str, Mutant] = {
     "driver: does not say that it is a task": _around(
         Client, "__init__", lambda original, self, *args: original(self, *args[:3])),
     "head: a worker that waits for its own counts": Mutant(Membership, "_waiting", lambda self: {}),
+    "objects: a piece is not checked": Mutant(Arrival, "check", staticmethod(_nothing)),
+    "objects: a source that is silent is waited for": Mutant(Objects, "_is_late", staticmethod(lambda *_: False)),
+    "objects: nobody is asked for what is missing": _around(
+        Objects, "_failed", lambda original, self, *args: [deed for deed in original(self, *args) if deed.what != ASK]),
+    "objects: what is here is not told to batches that wait": Mutant(Batches, "ready", _nothing),
+    "objects: a batch does not wait for all of an object": _around(Exchange, "need", _hands_over_without),
+    "objects: those of a part that has ended stay": Mutant(Objects, "part_ended", lambda *_: []),
+    "objects: a driver does not send what is missing": Mutant(Luggage, "missing", _nothing),
+    "objects: there is never room for more": Mutant(ClusterPort, "_send_later", _nothing),
+    "objects: each session brings its own": _around(Sharing, "want", _each_session_for_itself, CALM),
     "head: nobody is ever gone": Mutant(Membership, "tick", _places_on_the_gone),
     "head: placements are said once": _around(Membership, "_place", _says_placements_once, BRIEF),
 }

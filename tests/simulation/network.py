@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
+from dpool.cluster.wire.keys import AGENT
 from dpool.cluster.wire.links import Dialer, Frame, Listener, Received
 from dpool.cluster.wire.links import Waker as RealWaker
 from dpool.cluster.wire.surroundings import Surroundings
@@ -38,6 +39,7 @@ class Network:
         self._descriptor = FIRST_DESCRIPTOR
         self._port = 7000
         self._peer = 0
+        self.spoils = 0.0  # how often a piece that one node sends another is not what it was
         self.messages = self.bytes = 0
 
     def source(self) -> Source:
@@ -262,7 +264,11 @@ class Connection:
             for frames in backlog:
                 self.to_server.send(frames)
         else:
-            client.inbox.append([memoryview(bytearray(frame)) for frame in cast(list[bytes], what)])
+            copies = [bytearray(frame) for frame in cast(list[bytes], what)]
+            if self.role == AGENT and len(copies) == 2 and self.network.world.random.random() < self.network.spoils:
+                copies[1][self.network.world.random.randrange(len(copies[1]))] ^= 1
+                self.network.world.say(f"a piece from {self.server_host} to {self.client_host} is spoilt")
+            client.inbox.append([memoryview(frame) for frame in copies])
             client.news.rise()
 
     def send_from(self, end: End, frames: list[bytes]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, cast
 from dpool import engine
 from dpool.cluster.driver.client import Client
 from dpool.cluster.driver.dispatch import Dispatch, Job, Timing
+from dpool.cluster.driver.luggage import Sharing
 from dpool.cluster.driver.remote import ClusterPort
 from dpool.cluster.head.membership import Membership
 from dpool.cluster.wire import frames, messages, sessions
@@ -134,6 +135,7 @@ class _NoClient:
 
     def __init__(self, around: Surroundings) -> None:
         self.around = around
+        self.sharing = Sharing()
 
     def ignore(self, *_: object) -> None:
         pass
@@ -180,7 +182,8 @@ class Work:
 def lines(what: Callable[[], object]) -> int:
     """How many lines of dpool's deciding and dealing code a call runs: a cost that no other load changes."""
     count = 0
-    names = ("dispatch.py", "remote.py", "membership.py", "dealing.py", "batching.py", "sessions.py")
+    names = ("dispatch.py", "remote.py", "membership.py", "dealing.py", "batching.py", "sessions.py",
+             "luggage.py")
 
     def local(frame: FrameType, event: str, _: object) -> Any:
         nonlocal count

@@ -66,13 +66,15 @@ class SimWorker:
 
 # Told of every task that begins: (job, task) -> how long it takes, or None if the worker dies of it.
 Begin = Callable[[tuple[int, int]], float | None]
+# Told of every object that a worker looks at: its key and its bytes.
+Look = Callable[[bytes, bytes], None]
 
 
 class SimWorkers:
     """The workers of one part."""
 
-    def __init__(self, world: World, network: Network, habits: Habits, begin: Begin, message: messages.Open,
-                 died: Callable[[SimWorker, tuple[int, int] | None], None]) -> None:
+    def __init__(self, world: World, network: Network, habits: Habits, begin: Begin, look: Look,
+                 message: messages.Open, died: Callable[[SimWorker, tuple[int, int] | None], None]) -> None:
         self.world = world
         self.habits = habits
         self.supervisor = Supervisor(message.workers, message.on_demand)
@@ -83,6 +85,7 @@ class SimWorkers:
         self.source = network.source()
         self._network = network
         self._begin = begin
+        self._look = look
         self._on_died = died
         self._socket: deque[tuple[bytes, list[int]]] = deque()
         self._bytes = 0
@@ -295,9 +298,13 @@ class SimWorkers:
         worker.claims = count - 1
         function = message[frames.TASKS.size:frames.TASKS.size + function_bytes]
         body = message[frames.TASKS.size + function_bytes + ref_bytes:]
-        wanted = bool(flags & frames.FUNCTION_IN_SEGMENT) + bool(flags & frames.BODY_IN_SEGMENT)
-        if len(descriptors) != wanted:
-            raise Violation(f"batch {number} came with {len(descriptors)} segments instead of {wanted}")
+        own = bool(flags & frames.FUNCTION_IN_SEGMENT) + bool(flags & frames.BODY_IN_SEGMENT)
+        refs = message[frames.TASKS.size + function_bytes:][:ref_bytes]
+        objects = frames.unpack_refs(refs)[0] if ref_bytes else []
+        if len(descriptors) != own + len(objects):
+            raise Violation(f"batch {number} came with {len(descriptors)} segments instead of {own + len(objects)}")
+        for (key, _, table, _), descriptor in zip(objects, descriptors[own:], strict=True):
+            self._look(key, bytes(segments.read(descriptor, table)[0]))
         if flags & frames.BY_NAME:
             self._report(worker, frames.DONE | frames.NEED_VALUE, 0, [], pickle.dumps("no such function"), 0, 0)
             self._leave(worker)
@@ -308,7 +315,7 @@ class SimWorkers:
             call = pickle.loads(function)
         buffers: Sequence[memoryview] = ()
         if flags & frames.BODY_IN_SEGMENT:
-            body, *buffers = segments.read(descriptors[-1], body, worker.looked_at.append)
+            body, *buffers = segments.read(descriptors[own - 1], body, worker.looked_at.append)
         tasks = pickling.unpack(body, buffers, bool(flags & frames.ONE_PICKLE))
         items = tasks if isinstance(tasks, list) else [tasks.load(index) for index in range(count)]
         if len(items) != count:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from dpool.cluster.driver.luggage import Sharing
 from dpool.cluster.wire import messages, sessions
 from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, DriverKeys, Keys
 from dpool.cluster.wire.links import Dialer
@@ -102,6 +103,7 @@ class Client:
         self._refused = ""
         self.nodes = self.cpus = 0  # as the head said last
         self.told: set[tuple[bytes, bytes]] = set()  # nodes, and the digests of answers about modules that they have
+        self.sharing = Sharing()
         self.heard_at = self.around.now()
         self._state_at = self._pulse_at = 0.0
         self._was_connected = False

@@ -1,4 +1,5 @@
-"""Decides which node of a group gets the next batch: the one with the fewest a worker; and which has too many.
+"""Decides which node of a group gets the next batch: one that has its large objects and an idle worker, else the one
+with the fewest batches a worker; and which node has too many.
 
 Counts only, and takes the time of a heap's step for each change, however many nodes there are. Sends nothing. Called by
 driver/remote.py, under its lock.
@@ -7,6 +8,7 @@ driver/remote.py, under its lock.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 Node = TypeVar("Node")
@@ -55,6 +57,20 @@ class Dealing(Generic[Node]):
                 return node
             heapq.heappop(heap)
         return None
+
+    def near(self, node: Node, all_bytes: int, near_bytes: Callable[[Node], int]) -> Node:
+        """Instead of `node`, which is the next one: the node with an idle worker that has most of the `all_bytes` that
+        a batch needs. Without an idle worker there the batch would wait for one, and the bytes need not be waited for:
+        they travel once."""
+        most, least = near_bytes(node), self._loads[node]
+        if least >= 1 or most >= all_bytes:
+            return node
+        for other, load in self._loads.items():
+            if load < 1:
+                there = near_bytes(other)
+                if there > most or (there == most and load < least):
+                    node, most, least = other, there, load
+        return node
 
     def uneven(self) -> tuple[Node, int] | None:
         """A node on which batches wait while workers of another idle, and how many of them; None if there is none."""

@@ -12,8 +12,8 @@ import os
 import struct
 import sys
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import process as mp_process
 from typing import Any
 
@@ -21,6 +21,7 @@ import msgspec
 
 from dpool.cluster.driver.client import Client, Pulse, Standing
 from dpool.cluster.driver.dealing import Dealing
+from dpool.cluster.driver.luggage import Luggage, Pieces, Sharing, Unsent, control, large, segment
 from dpool.cluster.driver.modules import answer
 from dpool.cluster.store import segments, store
 from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
@@ -54,9 +55,9 @@ REPLACE_WITHIN_S = 60.0
 UNEVEN_FOR_S = 0.01
 # And again after this time if none came.
 UNEVEN_AGAIN_S = 0.5
-# Functions and objects that a node keeps for a group, so that they travel once.
-MAX_KEPT = 64
-MAX_KEPT_OBJECTS = 1024
+# With so many messages that a node has not acknowledged, pieces of large objects wait. More: fills longer and faster
+# links. Fewer: less memory, and what is urgent waits less behind them. More than sessions.ACK_EVERY.
+MAX_UNACKNOWLEDGED = 64
 
 _SLOT_AT = 2  # where frames.RESULTS has the slot
 _SLOT = struct.Struct("<H")
@@ -102,7 +103,7 @@ class RemoteProcess:
 class Node:
     """A session with a node: its part of the group. One node may have several, if its part has grown."""
 
-    def __init__(self, member: messages.Member, workers: int, key: bytes, now: float) -> None:
+    def __init__(self, member: messages.Member, workers: int, key: bytes, sharing: Sharing, now: float) -> None:
         self.id = member.node
         self.addresses = list(member.addresses)
         self.host = member.host
@@ -121,15 +122,19 @@ class Node:
         self.lost = ""  # why
         self.living: dict[int, RemoteProcess] = {}
         self.inflight: dict[int, None] = {}
-        self.outbox: deque[tuple[Any, ...]] = deque()
+        self.outbox: deque[Iterator[Unsent]] = deque()
         self.arrivals = Arrivals()
-        self.functions: OrderedDict[int, None] = OrderedDict()
-        self.objects: OrderedDict[bytes, None] = OrderedDict()
+        self.luggage = Luggage(sharing, member.addresses[0], key)
         self.stealing: set[int] = set()
         self.asked_back = False  # an answer to GiveBack is to come
         self.stopping: set[tuple[int, int]] = set()
         self.first_slot = 0  # added to the node's own number of a slot, so that no two workers of a group have the same
         self.demanded = 0
+
+    @property
+    def has_room(self) -> bool:
+        """For a piece of a large object, and there is one to be sent."""
+        return bool(self.luggage.later) and len(self.session.unacknowledged) < MAX_UNACKNOWLEDGED
 
 
 class _Every(dict[int, int]):
@@ -256,7 +261,7 @@ class ClusterPort:
         for member in placed.members:
             more = member.workers - has.get(member.node, 0)
             if more > 0 and member.addresses:
-                self._connect(Node(member, more, self.client.around.new_id(), self._now()))
+                self._connect(Node(member, more, self.client.around.new_id(), self.client.sharing, self._now()))
         self._tell_head(placed.epoch)
 
     def _parts(self) -> dict[bytes, int]:
@@ -274,15 +279,13 @@ class ClusterPort:
         self._nodes[node.key] = node
         self._ailing[node] = None
         self._dial(node)
-        if self._initializer >= 0:
-            self._post_segment(node, self._initializer)
         spec = self.spec
         self._post(node, messages.Open(
             node.key, self.group, self.client.id, messages.Versions.here(), node.workers,
             self._prefix, self._first_number, spec.max_tasks, spec.on_demand, self._initializer >= 0,
             bytes(mp_process.current_process().authkey), os.getcwd(), [str(arg) for arg in sys.argv],
             spec.resources, self._replaces),
-            segments=1 if self._initializer >= 0 else 0)
+            [pieces(self._initializer)] if self._initializer >= 0 else [])
         node.first_slot = self._first_number % (1 << 16)
         self._first_number += node.workers
         if spec.all_cpus:
@@ -298,7 +301,7 @@ class ClusterPort:
     def _tell(self, kind: str, what: Any) -> None:
         self._inbox.append((kind, what))
         node = what[0]
-        if kind == "lost" or node.objects or not what[2]:  # some of the objects may be gone here
+        if kind == "lost" or node.luggage.objects or not what[2]:  # some of the objects may be gone here
             self._waker.wake()
 
     def _dial(self, node: Node) -> None:
@@ -349,7 +352,7 @@ class ClusterPort:
             for node, share in shares.items():
                 if share > node.demanded:
                     node.demanded = share
-                    self._put(node, (messages.Demand(share),))
+                    self._put(node, messages.Demand(share))
         self._flush_or_wake()
         if not self._any.is_set() and threading.get_ident() != self._owner:
             # As where a submit() starts the first worker itself: when it returns, there is one.
@@ -357,66 +360,23 @@ class ClusterPort:
 
     def send(self, parts: list[bytes], descriptors: list[int]) -> bool:
         """Deal one batch to the node that has the most room for it; False if there is none now."""
-        flags, _, _, function, batch = frames.TASKS.unpack_from(parts[0])[:5]
-        objects = frames.unpack_refs(parts[2])[0] if parts[2] else []
+        batch = frames.TASKS.unpack_from(parts[0])[4]
+        objects = large(frames.unpack_refs(parts[2])[0]) if parts[2] else {}
         with self._lock:
             node = self._dealing.next()
             if node is None:
                 return False
-            before: list[messages.Message] = []
-            link_flags = 0
-            travelling = list(descriptors)
-            # Mapped now: the descriptors are the group's, and may be closed when this returns.
-            carried = []
-            if flags & frames.FUNCTION_IN_SEGMENT:
-                if function in node.functions:
-                    node.functions.move_to_end(function)
-                    link_flags = sessions.FUNCTION_KNOWN
-                    del travelling[0]
-                else:
-                    carried.append(pieces(travelling.pop(0)))
-                    if len(node.functions) >= MAX_KEPT:
-                        before.append(messages.Forget(node.functions.popitem(last=False)[0]))
-                    node.functions[function] = None
-                    link_flags = sessions.FUNCTION_STORED
-            if flags & frames.BODY_IN_SEGMENT:
-                carried.append(pieces(travelling.pop(0), segments.places(parts[3])))
             if objects:
-                before += self._make_room(node, objects)
-            for (key, _, table, _), descriptor in zip(objects, travelling, strict=True):
-                if key in node.objects:
-                    node.objects.move_to_end(key)
-                else:
-                    carried.append(pieces(descriptor, segments.places(table)))
-                    node.objects[key] = None
-            for message in before:
-                self._put(node, (message,))
-            self._put(node, (carried, b"".join(parts), link_flags))
+                sharing = self.client.sharing
+                node = self._dealing.near(node, sum(objects.values()),
+                                          lambda one: sharing.near(objects, one.addresses[0]))
+            node.outbox.extend(node.luggage.pack(parts, descriptors, store.current().objects, self._now()))
+            self._unsent[node] = None
             self._of_batch[batch] = node
             node.inflight[batch] = None
             self._dealing.set(node, len(node.inflight), len(node.living))
         self._flush_or_wake()
         return True
-
-    def _make_room(self, node: Node, objects: Sequence[frames.Entry]) -> list[messages.Message]:
-        """What a node is to forget before it gets these objects: those that are gone here, and the oldest if it has too
-        many."""
-        gone = self._gone(node)
-        needed = {entry[0] for entry in objects}
-        for key in list(node.objects):
-            if len(node.objects) + len(needed) <= MAX_KEPT_OBJECTS:
-                break
-            if key not in needed:
-                del node.objects[key]
-                gone.append(key)
-        return [messages.ForgetObjects(gone)] if gone else []
-
-    def _gone(self, node: Node) -> list[bytes]:
-        here = store.current().objects
-        gone = [key for key in node.objects if key not in here]
-        for key in gone:
-            del node.objects[key]
-        return gone
 
     def wake(self) -> None:
         self._waker.wake()
@@ -465,12 +425,12 @@ class ClusterPort:
 
     def _leave(self, node: Node, message: messages.Message) -> None:
         with self._lock:
-            self._put(node, (message,))
+            self._put(node, message)
         self._flush_or_wake()
 
-    def _put(self, node: Node, entry: tuple[Any, ...]) -> None:
+    def _put(self, node: Node, message: messages.Message) -> None:
         """Leave something for a node; with the lock held."""
-        node.outbox.append(entry)
+        node.outbox.append(control(message))
         self._unsent[node] = None
 
     def _flush_or_wake(self) -> None:
@@ -485,18 +445,23 @@ class ClusterPort:
         """What has happened; waits for it up to `timeout` seconds."""
         self._owner = threading.get_ident()
         events: list[tuple[int, Any, list[int]]] = []
-        self._flush()
-        self._drain(list(self._stirred), events)
-        self._work_inbox(events)
+        self._catch_up(events)
         if not events:
             ready = self._waker.wait(self._until_due(timeout))
-            self._flush()
-            nodes = dict.fromkeys(self._by_descriptor[d] for d in ready if d in self._by_descriptor)
-            nodes.update(self._stirred)
-            self._drain(list(nodes), events)
-            self._work_inbox(events)
+            self._stirred.update(dict.fromkeys(self._by_descriptor[d] for d in ready if d in self._by_descriptor))
+            self._catch_up(events)
         self._look_after(events)
         return events
+
+    def _catch_up(self, events: list[tuple[int, Any, list[int]]]) -> None:
+        """Send and receive what there is. Not once, unless there are events: sending may use up the news of what has
+        come, and what has come may say that there is room for more."""
+        while True:
+            self._flush()
+            self._drain(list(self._stirred), events)
+            self._work_inbox(events)
+            if events or not (self._stirred or self._unsent):
+                break
 
     def _until_due(self, timeout: float | None) -> float | None:
         waiting = [node.retry_at if node.dialer is None else node.broken_at + RESUME_WITHIN_S
@@ -516,24 +481,30 @@ class ClusterPort:
         return left if timeout is None else min(left, timeout)
 
     def _flush(self) -> None:
-        """Send what was left in the outboxes."""
+        """Send what was left in the outboxes; of large objects as much as may be under way, a piece to each in turn."""
         while self._unsent:
             with self._lock:
                 if not self._unsent:
                     break
                 node = next(iter(self._unsent))
-                entry = node.outbox.popleft()
-                if not node.outbox:
-                    del self._unsent[node]
-            if node.lost:
-                continue
-            if len(entry) == 1:
-                self._post(node, entry[0])
-                continue
-            carried, message, flags = entry
-            for segment in carried:
-                self._post_pieces(node, segment)
-            self._send(node, node.session.wrap(sessions.TASKS, (message,), flags, len(carried)))
+                del self._unsent[node]
+                if node.lost:
+                    continue
+                if node.outbox:
+                    urgent: Iterator[Unsent] | None = node.outbox.popleft()
+                elif node.has_room:
+                    urgent = None
+                    key, pieces_of_it = next(iter(node.luggage.later.items()))
+                else:
+                    continue
+                self._unsent[node] = None
+            if urgent is not None:
+                for unsent in urgent:
+                    self._say(node, unsent)
+            elif (piece := next(pieces_of_it, None)) is not None:
+                self._say(node, piece)
+            else:
+                node.luggage.later.pop(key, None)
 
     def _drain(self, nodes: list[Node], events: list[tuple[int, Any, list[int]]]) -> None:
         """Receive, until there is nothing more, from nodes that may have sent something."""
@@ -550,7 +521,7 @@ class ClusterPort:
                     break
             if node.session.owes_acknowledgement:
                 self._send(node, node.session.acknowledgement())
-                self._stirred[node] = None
+            self._send_later(node)
             dialer.watch()
             if dialer.broken and node.dialer is dialer:
                 self._on_broken(node, dialer, events)
@@ -576,6 +547,12 @@ class ClusterPort:
             node.arrivals.add(size, start, received[1])
         elif kind == sessions.CONTROL:
             self._on_control(node, messages.from_node.decode(body), events)
+
+    def _send_later(self, node: Node) -> None:
+        """Some of what was under way may have arrived: there may be room for more of a large object."""
+        if node.has_room:
+            with self._lock:
+                self._unsent[node] = None
 
     def _settle(self, batch: int) -> None:
         with self._lock:
@@ -623,6 +600,13 @@ class ClusterPort:
             node.stealing.discard(message.batch)
             if message.count:
                 events.append((STOLEN, (message.batch, message.count), []))
+        elif isinstance(message, messages.Got):
+            with self._lock:
+                node.luggage.got(message.key)
+        elif isinstance(message, messages.Missing):
+            with self._lock:
+                node.luggage.missing(message, self._now())
+                self._unsent[node] = None
         elif isinstance(message, messages.Output):
             _print(message.stream, message.data)
         elif isinstance(message, messages.Failed):
@@ -644,10 +628,10 @@ class ClusterPort:
             return
         descriptor, _ = segments.write([found])
         try:
-            self._post_pieces(node, pieces(descriptor, [(0, len(found))]))
+            carried = pieces(descriptor, [(0, len(found))])
         finally:
             os.close(descriptor)
-        self._post(node, messages.Found(message.request, True, digest), segments=1)
+        self._post(node, messages.Found(message.request, True, digest), [carried])
         self.client.told.add((node.id, digest))
 
     def _add_workers(self, node: Node, slots: list[messages.Slot]) -> None:
@@ -750,9 +734,10 @@ class ClusterPort:
                 if received <= node.session.sent:
                     node.session.acknowledged(received)
                 self._on_linked(node, linked)
-                if node.objects and not node.lost:
+                self._send_later(node)
+                if node.luggage.objects and not node.lost:
                     with self._lock:
-                        gone = self._gone(node)
+                        gone = node.luggage.gone(store.current().objects)
                     if gone:
                         self._leave(node, messages.ForgetObjects(gone))
             else:
@@ -774,6 +759,8 @@ class ClusterPort:
             for batch in batches:
                 self._of_batch.pop(batch, None)
             node.inflight.clear()
+            node.outbox.clear()
+            node.luggage.end()
         self._connection_message(node, messages.Bye(node.key))
         self._undial(node, linger_ms=200)
         self.client.dismiss(node.key)
@@ -792,16 +779,13 @@ class ClusterPort:
 
     # -- sending, by the I/O thread
 
-    def _post(self, node: Node, message: messages.Message, segments: int = 0) -> None:
-        self._send(node, node.session.wrap(sessions.CONTROL, (messages.encode(message),), segments=segments))
+    def _post(self, node: Node, message: messages.Message, carried: Sequence[Pieces] = ()) -> None:
+        """Send a message, behind the segments that belong to it."""
+        for unsent in itertools.chain(*map(segment, carried), control(message, len(carried))):
+            self._say(node, unsent)
 
-    def _post_segment(self, node: Node, descriptor: int) -> None:
-        self._post_pieces(node, list(pieces(descriptor)))
-
-    def _post_pieces(self, node: Node, segment: list[tuple[int, int, memoryview]]) -> None:
-        for size, start, piece in segment:
-            self._send(node, node.session.wrap(sessions.CHUNK, (sessions.CHUNK_HEADER.pack(size, start),),
-                                               beside=piece))
+    def _say(self, node: Node, unsent: Unsent) -> None:
+        self._send(node, node.session.wrap(*unsent))
 
     def _send(self, node: Node, message: sessions.Frames) -> None:
         # On a connection that does not carry the session again yet, the message would come before its turn.
@@ -825,6 +809,7 @@ class ClusterPort:
             self._undial(node, linger_ms=1000)
             self.client.unwatch(node.key)
             node.arrivals.close()
+            node.luggage.end()
             for process in node.living.values():
                 process.ended(None)
         self._waker.close()

@@ -7,20 +7,24 @@ that calls serve(); the simulation calls step().
     driver  --- TCP, CURVE --->  agent  --- socket pair, one a group --->  workers
                                    |  --- requests to fork --->  zygote
     head   <--- TCP, CURVE ------- |
+    other nodes <-- TCP, CURVE --> |
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable
 
 import msgspec
 
-from dpool.cluster.node.ledger import Ledger
+from dpool.cluster.node.batches import Batches
+from dpool.cluster.node.exchange import Exchange
 from dpool.cluster.node.modules import Library, Questions
+from dpool.cluster.node.objects import ASK, GOT, READY, Deed
 from dpool.cluster.node.output import Output
 from dpool.cluster.node.starting import Zygote, ZygoteContext
 from dpool.cluster.node.workers import Workers
@@ -50,23 +54,22 @@ MAX_UNREAD_OUTPUT = 64
 STOP_RECHECK_S = 0.01
 # Results of one group that are forwarded before the others have their turn.
 _BURST = 64
-
-Batch = tuple[Frame, list[int]]
+# How often a turn looks again for what other nodes have sent, before it looks after the workers.
+_ROUNDS = 4
 
 
 class Part:
     """A group's part on this node: its session with the driver, its workers, its books."""
 
-    def __init__(self, session: bytes, now: float, library: Library) -> None:
+    def __init__(self, session: bytes, now: float, library: Library, exchange: Exchange) -> None:
         self.id = session
         self.session = sessions.Session()
         self.peer: bytes | None = None
         self.attempt = 0  # which of the session's connections that is
         self.gone_at = now + DRIVER_LEASE_S
         self.arrivals = Arrivals()
-        self.functions: dict[int, int] = {}  # number -> the descriptor of its segment
-        self.objects: dict[bytes, int] = {}  # key -> the descriptor of its segment
-        self.ledger: Ledger[Batch] = Ledger()
+        self.batches = Batches(session, exchange)
+        self.ledger = self.batches.ledger
         self.output = Output()
         self.group = b""
         self.workers: Workers | None = None
@@ -86,10 +89,7 @@ class Part:
             self.workers.close()
         self.arrivals.close()
         self.output.close()
-        batches = [message for _, _, message in self.ledger.waiting]
-        waiting = (descriptor for _, descriptors in batches for descriptor in descriptors)
-        for descriptor in (*self.functions.values(), *self.objects.values(), *waiting):
-            os.close(descriptor)
+        self.batches.close()
         if self.initializer >= 0:
             os.close(self.initializer)
         self.questions.close()
@@ -121,6 +121,7 @@ class Agent:
         self._waker = self._around.waker()
         self._waker.add(self._listener.descriptors)
         self._waker.add(self._head.descriptors)
+        self.exchange = Exchange(self._around, self._waker, self._listener, self._on_deed)
         self.id = self._around.new_id()
         self._cpus = cpus
         self._stock = stock
@@ -142,6 +143,7 @@ class Agent:
         self.refused = ""  # why the head does not take this node
         self._said = ""
         self._was_connected = False
+        self._more = False  # other nodes may have sent more than was taken in
 
     # -- the loop
 
@@ -159,6 +161,7 @@ class Agent:
         if now >= self._state_at:
             self._say_state()
             self._look_around(now)
+            self.exchange.tick()
             self._state_at = now + STATE_EVERY_S
         deadline = self._state_at
         for part in self._parts.values():
@@ -168,7 +171,7 @@ class Agent:
                 deadline = min(deadline, now + 0.05)
             if part.stops:
                 deadline = min(deadline, now + STOP_RECHECK_S)
-        ready = self._waker.wait(deadline - now)
+        ready = self._waker.wait(0 if self._more else deadline - now)
         self._listener.authenticate()
         for descriptor in ready:
             part_or_none = self._by_descriptor.get(descriptor)
@@ -182,10 +185,18 @@ class Agent:
             self._from_head(message[0])
         self._head.watch()
         self._report_link()
-        for received in self._listener.receive():
-            self._from_driver(received)
+        for _ in range(_ROUNDS):
+            for received in self._listener.receive():
+                if received.role == DRIVER:
+                    self._from_driver(received)
+                elif received.role == AGENT:
+                    self.exchange.on_peer(received.peer, received.frames[0])
+            self._more = self.exchange.receive()
+            if not self._more:
+                break
         for peer in self._listener.ended():
             self._on_broken(peer, self._around.now())
+            self.exchange.peer_ended(peer)
 
     def stop(self) -> None:
         """Make serve() return. Any thread and any signal handler may call it."""
@@ -196,6 +207,7 @@ class Agent:
         self._head.send((messages.encode(messages.Leaving(self.id)),))
         for part in list(self._parts.values()):
             self._drop(part)
+        self.exchange.close()
         self._head.close(linger_ms=200)
         self._listener.close()
         self._waker.close()
@@ -256,7 +268,7 @@ class Agent:
     # -- drivers
 
     def _from_driver(self, received: Received) -> None:
-        if received.role != DRIVER or len(received.frames[0]) < sessions.HEADER.size:
+        if len(received.frames[0]) < sessions.HEADER.size:
             return
         head = received.frames[0]
         kind, flags, arrived, _, number, acknowledged = sessions.HEADER.unpack_from(head)
@@ -275,7 +287,8 @@ class Agent:
             if part.paused and len(part.session.unacknowledged) < MAX_UNREAD_OUTPUT:
                 part.paused = False
                 self._waker.add(part.output.descriptors)
-        except (msgspec.DecodeError, sessions.ProtocolError, BadPiece, OSError, ValueError) as error:
+        except (msgspec.DecodeError, sessions.ProtocolError, BadPiece, OSError, ValueError, struct.error,
+                IndexError) as error:
             # It has the key, and talks nonsense, or there is no memory for what it sends: its session ends.
             part = self._by_peer.get(received.peer)
             if part is not None:
@@ -300,7 +313,7 @@ class Agent:
                 if not message.new or message.session in self._ended:
                     self._answer(peer, messages.Gone(message.session))
                     return
-                part = self._parts[message.session] = Part(message.session, now, self._library)
+                part = self._parts[message.session] = Part(message.session, now, self._library, self.exchange)
             if message.attempt < part.attempt:
                 return  # read after the one of the connection that has replaced this one
             part.attempt = message.attempt
@@ -333,53 +346,36 @@ class Agent:
     def _on_message(self, part: Part, kind: int, flags: int, arrived: int, body: memoryview,
                     received: list[memoryview]) -> None:
         if kind == sessions.TASKS:
-            self._on_tasks(part, flags, arrived, body)
+            part.batches.take_in(flags, deque(part.arrivals.take(arrived)), body)
+            self._hand_over(part)
         elif kind == sessions.CHUNK:
             size, start = sessions.CHUNK_HEADER.unpack(body)
             part.arrivals.add(size, start, received[1])
+        elif kind == sessions.OBJECT:
+            self.exchange.on_piece(part.id, sessions.OBJECT_HEADER.unpack(body), received[1])
         elif kind == sessions.CONTROL:
             self._on_control(part, messages.to_node.decode(body), arrived)
 
-    def _on_tasks(self, part: Part, flags: int, arrived: int, body: memoryview) -> None:
-        task_flags, _, _, function, batch, count, function_bytes, ref_bytes = frames.TASKS.unpack_from(body)[:8]
-        came = deque(part.arrivals.take(arrived))
-        descriptors: list[int] = []
-        try:
-            # A descriptor of its own for each batch, so that all are closed alike.
-            if flags & sessions.FUNCTION_STORED:
-                part.functions[function] = came.popleft()
-            if flags & (sessions.FUNCTION_STORED | sessions.FUNCTION_KNOWN):
-                descriptors.append(os.dup(part.functions[function]))
-            if task_flags & frames.BODY_IN_SEGMENT:
-                descriptors.append(came.popleft())
-            if ref_bytes:
-                start = frames.TASKS.size + function_bytes
-                for key, *_ in frames.unpack_refs(body[start:start + ref_bytes])[0]:
-                    if key not in part.objects:
-                        part.objects[key] = came.popleft()
-                    descriptors.append(os.dup(part.objects[key]))
-            if came:
-                raise BadPiece(f"{len(came)} segments came that belong to nothing")
-        except (OSError, ValueError, LookupError, BadPiece) as error:
-            for descriptor in (*descriptors, *came):
-                os.close(descriptor)
-            raise BadPiece(f"a batch cannot be taken in: {type(error).__name__}: {error}") from error
-        part.ledger.add(batch, count, (body, descriptors))
-        self._hand_over(part)
-
     def _hand_over(self, part: Part) -> None:
-        """Put waiting batches into the workers' socket, until it is full."""
-        workers, ledger = part.workers, part.ledger
-        while workers is not None and (message := ledger.next()) is not None:
-            body, descriptors = message
+        if part.workers is not None:
+            part.batches.hand_over(part.workers)
+
+    def _on_deed(self, deed: Deed) -> None:
+        """The exchange has something for a part."""
+        part = self._parts.get(deed.part)
+        if part is None:
+            return
+        if deed.what == ASK:
+            self._post(part, messages.Missing(deed.key, deed.have, deed.source))
+        elif deed.what == GOT:
+            self._post(part, messages.Got(deed.key))
+        elif deed.what == READY:
             try:
-                if not workers.send([body], descriptors):  # type: ignore[list-item]
-                    return
-            except OSError:
-                return  # the workers are ending: the driver has asked for it
-            ledger.handed_over()
-            for descriptor in descriptors:
-                os.close(descriptor)
+                part.batches.ready(deed.batch, deed.key)
+            except OSError as error:
+                self._fail(part, error)
+                return
+            self._hand_over(part)
 
     def _on_control(self, part: Part, message: messages.ToNode, arrived: int) -> None:
         workers = part.workers
@@ -403,22 +399,17 @@ class Agent:
             self._close_tasks(part, workers)
         elif isinstance(message, messages.Kill):
             part.ending = True
-            for _, _, (_, descriptors) in part.ledger.waiting:
-                for descriptor in descriptors:
-                    os.close(descriptor)
-            part.ledger.waiting.clear()
+            part.batches.drop()
             workers.kill(message.at_once)
         elif isinstance(message, messages.Signal):
             workers.signal(message.slot, message.number)
         elif isinstance(message, messages.Forget):
-            descriptor = part.functions.pop(message.function, -1)
-            if descriptor >= 0:
-                os.close(descriptor)
+            part.batches.forget_function(message.function)
         elif isinstance(message, messages.ForgetObjects):
             for key in message.keys:
-                descriptor = part.objects.pop(key, -1)
-                if descriptor >= 0:
-                    os.close(descriptor)
+                self.exchange.let_go(key, part.id)
+        elif isinstance(message, messages.Fetch):
+            self.exchange.fetch(message, part.id)
         elif isinstance(message, messages.Found):
             self._on_found(part, message, arrived)
 
@@ -488,36 +479,24 @@ class Agent:
         part.output.fresh.clear()
 
     def _steal(self, part: Part, workers: Workers, batch: int) -> None:
-        message = part.ledger.take_back(batch)
-        if message is not None:
-            for descriptor in message[1]:
-                os.close(descriptor)
+        if part.batches.take_back(batch):
             self._post(part, messages.Lost(batch))
             return
+        # One that waits for an object stays: wherever else it went, it would have to wait as well.
         self._post(part, messages.Stolen(batch, workers.steal(batch)))
 
     def _give_back(self, part: Part, workers: Workers, count: int) -> None:
-        """Batches that no worker has taken: what waits here first, then what is in the socket."""
-        given: list[int] = []
-        while len(given) < count and part.ledger.waiting:
-            number, _, (_, descriptors) = part.ledger.waiting.pop()
-            for descriptor in descriptors:
-                os.close(descriptor)
-            given.append(number)
-        while len(given) < count and (taken := workers.take_unread()) is not None:
-            part.ledger.taken(taken)
-            given.append(taken)
-        self._post(part, messages.GivenBack(given))
+        self._post(part, messages.GivenBack(part.batches.give_back(count, workers)))
 
     def _stop_tasks(self, part: Part, workers: Workers) -> None:
         """End the workers that are in a task to be stopped. One that is still to be begun is looked at again."""
         ledger = part.ledger
-        waiting = {batch for batch, _, _ in ledger.waiting}
+        waiting = part.batches.held_back
         part.stops = {task for task in part.stops if task[0] in ledger.handed or task[0] in waiting}
         part.stopped |= workers.stop(list(part.stops))
 
     def _close_tasks(self, part: Part, workers: Workers) -> None:
-        if not part.ledger.waiting:
+        if not part.batches.held_back:
             workers.close_tasks()
 
     # -- workers
@@ -650,6 +629,7 @@ class Agent:
             del self._by_descriptor[descriptor]
         # The end of its lifeline kills every worker and what it has started, whatever it is doing.
         part.close()
+        self.exchange.part_ended(part.id)
 
 
 def _slots(workers: Workers) -> list[messages.Slot]:

@@ -1,5 +1,7 @@
 """Keeps account of the batches that a node was given for a group: which wait, which workers have, which are lost.
 
+Some wait for objects that are still on their way, the others for room in the workers' socket.
+
 Pure: reads no clock and no socket; what workers claim to be in, and whether their socket is empty, are arguments.
 Called by node/agent.py.
 """
@@ -21,6 +23,7 @@ class Ledger(Generic[Message]):
 
     def __init__(self) -> None:
         self.handed: dict[int, int] = {}  # batch -> its tasks; in the order in which they went into the socket
+        self.parked: dict[int, tuple[int, Message]] = {}  # batch -> its tasks; objects that it needs are not here yet
         self.waiting: deque[tuple[int, int, Message]] = deque()  # the socket was full
         self._suspects: dict[int, float] = {}  # batch -> when to decide whether it is lost
         self._out: set[int] = set()  # suspects that were in no worker and not in the socket when last looked at
@@ -29,6 +32,16 @@ class Ledger(Generic[Message]):
     def add(self, batch: int, tasks: int, message: Message) -> None:
         """A batch has come; it waits until next() hands it over."""
         self.waiting.append((batch, tasks, message))
+
+    def park(self, batch: int, tasks: int, message: Message) -> None:
+        """A batch has come that cannot run yet; it waits until unpark() is called."""
+        self.parked[batch] = tasks, message
+
+    def unpark(self, batch: int) -> None:
+        """It can run now: before those that were sent after it and still wait."""
+        tasks, message = self.parked.pop(batch)
+        index = next((index for index, (other, _, _) in enumerate(self.waiting) if other > batch), len(self.waiting))
+        self.waiting.insert(index, (batch, tasks, message))
 
     def next(self) -> Message | None:
         """What to put into the socket next; call handed_over() if it went in."""
@@ -108,4 +121,5 @@ class Ledger(Generic[Message]):
     def validate(self) -> None:
         """Raise AssertionError unless the books agree. For tests."""
         assert self._out <= set(self._suspects) <= set(self.handed)
-        assert not {number for number, _, _ in self.waiting} & set(self.handed)
+        waiting = {number for number, _, _ in self.waiting}
+        assert not waiting & set(self.handed) and not self.parked.keys() & (waiting | set(self.handed))

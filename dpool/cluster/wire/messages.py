@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 # Raised with every change that an older peer would misunderstand: peers of another number refuse each other.
-PROTOCOL = 2
+PROTOCOL = 3
 # What a control message may measure at most. Tasks, results and objects are not control messages.
 MAX_CONTROL_BYTES = 1 << 20
 # What a worker may ask its driver: the name of a module, or of a package and a path in it.
@@ -301,6 +301,16 @@ class ForgetObjects(Message, frozen=True):
     keys: Annotated[list[Id], Meta(max_length=1 << 16)]
 
 
+class Fetch(Message, frozen=True):
+    """This session will need an object of so many bytes: get it from the node at `source`; if that is empty, this
+    session brings it (`own`), or another one does."""
+
+    key: Id
+    size: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+    source: Name = ""
+    own: bool = False
+
+
 class Bye(Message, frozen=True):
     """The session is over; nothing of it is wanted any more."""
 
@@ -384,6 +394,21 @@ class Stolen(Message, frozen=True):
     count: Count
 
 
+class Got(Message, frozen=True):
+    """This object is here, whole, and stays until this session forgets it."""
+
+    key: Id
+
+
+class Missing(Message, frozen=True):
+    """This object is needed, and will not come whole unless you send what is behind its first `have` bytes. `source` is
+    the node that was to give it, if one was."""
+
+    key: Id
+    have: Number
+    source: Name = ""
+
+
 class Output(Message, frozen=True):
     """What workers have written to stdout (1) or stderr (2): whole lines."""
 
@@ -414,14 +439,61 @@ def digest_of(answer: bytes) -> bytes:
     return hashlib.blake2b(answer, digest_size=16).digest()
 
 
+# -- a node to another one, whose objects it wants
+
+
+class Pull(Message, frozen=True):
+    """Send me this object from its byte `start` on, up to the byte `upto`; said again with every step."""
+
+    key: Id
+    start: Number
+    upto: Number
+
+
+class Enough(Message, frozen=True):
+    """Send nothing more of this object."""
+
+    key: Id
+
+
+# -- and its answers
+
+
+class Piece(Message, frozen=True):
+    """Of an object of `size` bytes, the one at `start`, in the frame behind this one; `checksum` is its CRC-32, as the
+    driver has found it."""
+
+    key: Id
+    size: Number
+    start: Number
+    checksum: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+
+
+class Patience(Message, frozen=True):
+    """There is nothing more of this object here yet; there will be."""
+
+    key: Id
+
+
+class NotHere(Message, frozen=True):
+    """This object is not here, or no longer."""
+
+    key: Id
+
+
 ToHead = NodeState | DriverState | Ask | StopCluster | Leaving
 FromHead = Welcome | Refused | Placed | Report | StopCluster
 ToNode = (Open | Resume | Pulse | Demand | Steal | GiveBack | Stop | CloseTasks | Kill | Signal | Forget
-          | ForgetObjects | Bye | Found)
-FromNode = (Opened | Failed | Gone | Resumed | Pulse | Started | Died | Lost | GivenBack | Stolen | Output | Wanted)
+          | ForgetObjects | Fetch | Bye | Found)
+FromNode = (Opened | Failed | Gone | Resumed | Pulse | Started | Died | Lost | GivenBack | Stolen | Got | Missing
+            | Output | Wanted)
+ToSource = Pull | Enough
+FromSource = Piece | Patience | NotHere
 
 encode = msgspec.msgpack.Encoder().encode
 to_head = msgspec.msgpack.Decoder(ToHead)
 from_head = msgspec.msgpack.Decoder(FromHead)
 to_node = msgspec.msgpack.Decoder(ToNode)
 from_node = msgspec.msgpack.Decoder(FromNode)
+to_source = msgspec.msgpack.Decoder(ToSource)
+from_source = msgspec.msgpack.Decoder(FromSource)

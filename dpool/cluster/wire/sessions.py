@@ -22,7 +22,8 @@ TASKS = 2  # a batch, as a worker takes it: frames.TASKS
 RESULTS = 3  # as a worker sends it: frames.RESULTS
 CHUNK = 4  # a piece of a segment
 ACK = 5  # no message: only says what was received
-KINDS = frozenset((CONTROL, TASKS, RESULTS, CHUNK, ACK))
+OBJECT = 6  # a piece of an object
+KINDS = frozenset((CONTROL, TASKS, RESULTS, CHUNK, ACK, OBJECT))
 
 # Flags of TASKS, about the first segment of a function that travels by segment.
 FUNCTION_STORED = 1  # the first segment is the function's: keep it under its number
@@ -30,6 +31,8 @@ FUNCTION_KNOWN = 2  # the function's segment was kept before
 
 # Before the bytes of a CHUNK: the size of the whole segment, and where this piece belongs.
 CHUNK_HEADER = struct.Struct("<QQ")
+# Before those of an OBJECT: its key, how large it is, where this piece belongs, and the piece's CRC-32.
+OBJECT_HEADER = struct.Struct("<16sQQI")
 
 # Say what was received at the latest after so many messages. More: fewer messages. Fewer: less is kept and resent.
 ACK_EVERY = 32

@@ -1,0 +1,285 @@
+"""The objects of a node: takes in what drivers and other nodes send of them, and sends other nodes what those ask for.
+
+Owns the bytes of every object here and the connections to other nodes; what is to be done is objects.py's to decide.
+Belongs to the agent's loop; the agent is told what concerns its parts: what they lack, and what they have now.
+
+An object passes on piece by piece, while it still comes: a chain of nodes takes hardly longer than one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from dpool.cluster.node.objects import CLOSE, LEAVE, PULL, Deed, Objects
+from dpool.cluster.store.transfer import Arrival, BadPiece
+from dpool.cluster.wire import messages
+from dpool.cluster.wire.keys import AGENT
+from dpool.cluster.wire.links import Dialer, Frame, Listener
+from dpool.cluster.wire.links import Waker as LinksWaker
+from dpool.cluster.wire.surroundings import Surroundings
+
+# What of one object may be under way from one node to another. Larger: fills longer and faster links. Smaller: less
+# memory on both sides.
+WINDOW_BYTES = 16 << 20
+# A source that has said nothing for so long is asked whether it is still there. Less than objects.py, SILENT_AFTER_S.
+ASK_AGAIN_S = 0.9
+# A connection to another node of which nothing is wanted is closed after this time. Longer: fewer handshakes, of a few
+# milliseconds. Shorter: fewer descriptors.
+IDLE_S = 3.0
+# Messages of other nodes that are taken in a turn of the agent's loop, before it looks after its workers again.
+_BURST = 64
+
+
+class _Source:
+    """Another node, of which objects are wanted: how far each was asked for."""
+
+    def __init__(self, dialer: Dialer, now: float) -> None:
+        self.dialer = dialer
+        self.asked: dict[bytes, int] = {}
+        self.used_at = now
+
+
+class _Puller:
+    """Another node that wants an object: what it gets next, and where to stop until it says more."""
+
+    __slots__ = ("next", "upto")
+
+    def __init__(self, start: int) -> None:
+        self.next = self.upto = start
+
+
+class Exchange:
+    """`tell` is called with what concerns a part: see objects.py, ASK, GOT and READY."""
+
+    def __init__(self, around: Surroundings, waker: LinksWaker, listener: Listener,
+                 tell: Callable[[Deed], None]) -> None:
+        self.objects = Objects()
+        self._around = around
+        self._waker = waker
+        self._listener = listener
+        self._tell = tell
+        self._arrivals: dict[bytes, Arrival] = {}  # of every object of which there is something
+        self._sources: dict[str, _Source] = {}  # by address
+        self._pullers: dict[bytes, dict[bytes, _Puller]] = {}  # object -> connection -> how far it is
+
+    # -- for the agent's parts
+
+    def need(self, key: bytes, part: bytes, batch: int) -> bool:
+        """Whether an object that a batch needs is here; if not, the agent is told when it is."""
+        here, deeds = self.objects.need(key, part, batch, self._around.now())
+        self._do(deeds)
+        return here
+
+    def descriptor(self, key: bytes) -> int:
+        """Of an object that is here; it stays this one's."""
+        return self._arrivals[key].descriptor
+
+    def fetch(self, message: messages.Fetch, part: bytes) -> None:
+        """A driver says what its part will need, and from where."""
+        self._do(self.objects.fetch(message.key, message.size, part, message.source, message.own, self._around.now()))
+
+    def let_go(self, key: bytes, part: bytes, batch: int = 0) -> None:
+        """A part, or one of its batches, needs an object no longer."""
+        self._do(self.objects.let_go(key, part, batch, self._around.now()))
+
+    def part_ended(self, part: bytes) -> None:
+        """A part is gone."""
+        self._do(self.objects.part_ended(part, self._around.now()))
+
+    def on_piece(self, part: bytes, header: tuple[bytes, int, int, int], piece: memoryview) -> None:
+        """The driver of a part has sent a piece: see sessions.OBJECT_HEADER. Raises BadPiece if it is none, OSError if
+        there is no memory for it."""
+        key, size, start, checksum = header
+        self._do(self.objects.sent(key, size, part, self._around.now()))
+        self._add(key, size, start, checksum, piece)
+
+    def _add(self, key: bytes, size: int, start: int, checksum: int, piece: memoryview) -> None:
+        known = self.objects.get(key)
+        if known is None or known.whole:
+            return
+        if size != known.size and known.size:
+            raise BadPiece(f"a piece of an object of {size} bytes came for one of {known.size}")
+        arrival = self._arrivals.get(key)
+        if arrival is None:
+            arrival = self._arrivals[key] = Arrival(size)
+        if start < arrival.have:
+            return  # another one has brought it meanwhile
+        arrival.add(size, start, piece, checksum)
+        known.size = size
+        for peer in list(self._pullers.get(key, ())):
+            self._serve(key, peer)
+        self._do(self.objects.moved(key, arrival.have, self._around.now()))
+
+    # -- what is decided
+
+    def _do(self, deeds: list[Deed]) -> None:
+        for deed in deeds:
+            if deed.what == PULL:
+                self._pull(deed.key, deed.source)
+            elif deed.what == LEAVE:
+                source = self._sources.get(deed.source)
+                if source is not None and source.asked.pop(deed.key, None) is not None:
+                    source.dialer.send((messages.encode(messages.Enough(deed.key)),))
+            elif deed.what == CLOSE:
+                self._close(deed.key)
+            else:
+                self._tell(deed)
+
+    def _close(self, key: bytes) -> None:
+        for peer in self._pullers.pop(key, ()):
+            self._listener.send(peer, (messages.encode(messages.NotHere(key)),))
+        arrival = self._arrivals.pop(key, None)
+        if arrival is not None:
+            arrival.close()
+
+    # -- other nodes' objects
+
+    def _pull(self, key: bytes, address: str) -> None:
+        """Ask for an object, or for more of it."""
+        now = self._around.now()
+        source = self._sources.get(address)
+        if source is None:
+            try:
+                dialer = self._around.dialer(AGENT, AGENT, address)
+            except ValueError:  # no address
+                self._do(self.objects.refused(key, address, now))
+                return
+            source = self._sources[address] = _Source(dialer, now)
+            self._waker.add(dialer.descriptors)
+        arrival = self._arrivals.get(key)
+        have = arrival.have if arrival is not None else 0
+        source.used_at = now
+        source.asked[key] = have + WINDOW_BYTES
+        source.dialer.send((messages.encode(messages.Pull(key, have, source.asked[key])),))
+
+    def receive(self) -> bool:
+        """Take in what other nodes have sent; whether there was anything, so that there may be more."""
+        some = False
+        for address, source in list(self._sources.items()):
+            for count, frames in enumerate(source.dialer.receive(), 1):
+                some = True
+                self._from_source(address, source, frames)
+                if count == _BURST:
+                    break
+            source.dialer.watch()
+            if source.dialer.broken and self._sources.get(address) is source:
+                some = True
+                self._hang_up(address)
+                self._do(self.objects.source_lost(address, self._around.now()))
+        return some
+
+    def _from_source(self, address: str, source: _Source, frames: list[memoryview]) -> None:
+        try:
+            message = messages.from_source.decode(frames[0])
+        except msgspec.DecodeError:
+            return
+        known = self.objects.get(message.key)
+        if known is None or known.source != address:
+            return  # not wanted any more
+        now = self._around.now()
+        if isinstance(message, messages.Patience):
+            self.objects.heard(message.key, address, now)
+            return
+        if isinstance(message, messages.NotHere) or len(frames) != 2:
+            source.asked.pop(message.key, None)
+            self._do(self.objects.refused(message.key, address, now))
+            return
+        try:
+            Arrival.check(frames[1], message.checksum)
+            self._add(message.key, message.size, message.start, message.checksum, frames[1])
+        except (BadPiece, OSError):
+            self._do(self.objects.refused(message.key, address, now))
+            return
+        source.used_at = now
+        if known.whole:
+            source.asked.pop(message.key, None)
+        elif source.asked.get(message.key, 0) - known.have <= WINDOW_BYTES // 2:
+            self._pull(message.key, address)
+
+    def _hang_up(self, address: str) -> None:
+        source = self._sources.pop(address)
+        self._waker.remove(source.dialer.descriptors)
+        source.dialer.close()
+
+    def tick(self) -> None:
+        """Call this once a second: sources that are silent are given up, and asked whether they are still there."""
+        now = self._around.now()
+        self._do(self.objects.tick(now))
+        for address, source in list(self._sources.items()):
+            for key in list(source.asked):
+                known = self.objects.get(key)
+                if known is not None and now >= known.heard_at + ASK_AGAIN_S:
+                    self._pull(key, address)
+            if not source.asked and now >= source.used_at + IDLE_S:
+                self._hang_up(address)
+
+    # -- for other nodes
+
+    def on_peer(self, peer: bytes, frame: Frame) -> None:
+        """Another node has said something."""
+        try:
+            message = messages.to_source.decode(frame)
+        except msgspec.DecodeError:
+            return
+        key = message.key
+        if isinstance(message, messages.Enough):
+            self._forget_puller(key, peer)
+            return
+        if self.objects.get(key) is None:
+            self._listener.send(peer, (messages.encode(messages.NotHere(key)),))
+            return
+        pullers = self._pullers.setdefault(key, {})
+        puller = pullers.get(peer)
+        if puller is None:
+            puller = pullers[peer] = _Puller(message.start)
+        # Not more than one may have under way, whatever it asks for.
+        puller.upto = max(puller.upto, min(message.upto, message.start + WINDOW_BYTES))
+        if not self._serve(key, peer):
+            self._listener.send(peer, (messages.encode(messages.Patience(key)),))
+
+    def _serve(self, key: bytes, peer: bytes) -> bool:
+        """Send a node what it has asked for and is here; whether there was anything."""
+        arrival, puller = self._arrivals.get(key), self._pullers[key][peer]
+        some = False
+        for start, checksum, content in arrival.after(puller.next, puller.upto) if arrival is not None else ():
+            some = True
+            puller.next = start + len(content)
+            piece = messages.Piece(key, arrival.size, start, checksum)  # type: ignore[union-attr]
+            if not self._listener.send(peer, (messages.encode(piece), content)):
+                self._forget_puller(key, peer)
+                return True
+        if arrival is not None and puller.next == arrival.size:
+            self._forget_puller(key, peer)
+        return some
+
+    def _forget_puller(self, key: bytes, peer: bytes) -> None:
+        pullers = self._pullers.get(key, {})
+        pullers.pop(peer, None)
+        if not pullers:
+            self._pullers.pop(key, None)
+
+    def peer_ended(self, peer: bytes) -> None:
+        """A connection has ended."""
+        for key in [key for key, pullers in self._pullers.items() if peer in pullers]:
+            self._forget_puller(key, peer)
+
+    # -- the end
+
+    def close(self) -> None:
+        """Give everything back."""
+        for address in list(self._sources):
+            self._hang_up(address)
+        for arrival in self._arrivals.values():
+            arrival.close()
+        self._arrivals.clear()
+        self._pullers.clear()
+
+    def validate(self) -> None:
+        """Raise AssertionError unless the books agree with what is here. For tests."""
+        self.objects.validate()
+        for key, arrival in self._arrivals.items():
+            known = self.objects.get(key)
+            assert known is not None and known.have == arrival.have
+        assert all(self.objects.get(key) is not None for key in self._pullers)
