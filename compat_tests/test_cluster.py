@@ -1,4 +1,5 @@
-"""CPython's Pool and executor tests with the doors on a cluster: a head and two nodes, on hosts of their own for root.
+"""CPython's Pool and executor tests, and the clients, with the doors on a cluster: a head and two nodes, on hosts of
+their own for root.
 
 Judges nothing itself: it starts `python -m compat_tests` on the running interpreter, and on the first other one that
 has families which that one lacks. Called by pytest, in CI too.
@@ -21,10 +22,19 @@ def _interpreters() -> list[Interpreter]:
     return [mine, more] if more is not None else [mine]
 
 
+def _engine() -> str:
+    return "hosts" if __import__("hosts").possible() else "cluster"
+
+
+def test_clients_on_a_cluster() -> None:
+    command = [sys.executable, "-m", "compat_tests.clients", "--engine", _engine(), "--quick"]
+    done = subprocess.run(command, cwd=CHECKOUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("interpreter", _interpreters(), ids=str)
 def test_cpython_s_tests_on_a_cluster(interpreter: Interpreter) -> None:
-    hosts = __import__("hosts")
-    engine = "hosts" if hosts.possible() else "cluster"
+    engine = _engine()
     # Workers are started by nodes, whatever the start method: what it changes is the driver's side.
     method = "all" if interpreter == running() else "spawn"
     try:

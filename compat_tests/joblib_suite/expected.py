@@ -6,6 +6,10 @@ for the target dpool only.
 
 from __future__ import annotations
 
+import os
+
+from compat_tests.engines import INSIDE
+
 _SEVERAL = "expects the refusal of loky's one executor: with dpool, several generators are consumed at once"
 _NAMELESS = "looks for files or folders of stored arrays: dpool's have no name, so that nothing can be left behind"
 _NESTED = "expects a warning that the nested call runs one job: in dpool, also below threads, it runs in parallel"
@@ -25,10 +29,49 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ("test_child_raises_parent_exits_cleanly[dpool]", _NAMELESS),
 )
 
+_MAPPED = "looks for a numpy.memmap: a cluster's workers get large arrays read-only, but the file is on another machine"
+_CAPACITY = "expects n_jobs=-1 of threads to be that of the default backend, which here is the cluster's"
+_LOG = "looks for what multiprocessing logs when workers are started, which the nodes do"
+_MANAGER = "passes proxies of a Manager that can be reached from its own machine only"
+_FILES = "expects workers to see the files of the program's machine"
+_LOKY = "starts loky in a task: its processes look for modules on their own machine's disk"
+
+# The same for a cluster,
+ON_A_CLUSTER: tuple[tuple[str, str], ...] = (
+    ("test_auto_memmap_on_arrays_from_generator[dpool]", _MAPPED),
+    ("test_memmap_returned_as_regular_array[dpool]", _MAPPED),
+    ("test_parallel_memmap2d_as_memmap_1d_base", _MAPPED),
+    ("test_multithreaded_parallel_termination_resource_tracker_silent", _MAPPED),
+    ("test_managed_backend_reuse_temp_folder[dpool]", _MAPPED),
+    ("test_direct_mmap", _MAPPED),
+    ("test_effective_n_jobs_None[negative-int-parallel_config]", _CAPACITY),
+    ("test_effective_n_jobs_None[negative-int-parallel_backend]", _CAPACITY),
+    ("test_parallel_with_interactively_defined_bound_method_loky", _LOG),
+)
+# and for one whose machines share no files.
+ON_HOSTS: tuple[tuple[str, str], ...] = (
+    ("test_dispatch_multiprocessing[dpool]", _MANAGER),
+    *((f"test_initializer_context[{context}-dpool-{n_jobs}]", _MANAGER)
+      for context in ("parallel_config", "parallel_backend") for n_jobs in (2, 4)),
+    *((f"test_initializer_{kind}[{n_jobs}]", _MANAGER)
+      for kind in ("parallel", "reused", "not_reused") for n_jobs in (("dpool-2", "dpool-4") if kind == "parallel"
+                                                                      else (2, 4))),
+    ("test_parallel_call_cached_function_defined_in_jupyter[True]", _FILES),
+    ("test_parallel_call_cached_function_defined_in_jupyter[False]", _FILES),
+    ("test_concurrency_safe_write[dpool]", _FILES),
+    ("test_nested_loop[dpool-loky]", _LOKY),
+)
+
 
 def reason(test: str) -> str | None:
     """Why `test` (file::name[parameters]) is meant to fail, or None if it is meant to pass."""
-    return _REASONS.get(test.partition("::")[2])
+    name = test.partition("::")[2]
+    found = _REASONS.get(name)
+    if found is None and "DPOOL_ADDRESS" in os.environ:
+        found = dict(ON_A_CLUSTER).get(name)
+    if found is None and INSIDE in os.environ:
+        found = dict(ON_HOSTS).get(name)
+    return found
 
 
 _REASONS = dict(DIFFERENCES)
