@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import dpool
+
 
 def double(value: int) -> int:
     return value * 2
@@ -123,6 +125,10 @@ def initialize(value: Any) -> None:
 
 def initialized(_: object = None) -> list[Any]:
     return list(_initialized)
+
+
+def values_initialized(_: object = None) -> list[Any]:
+    return [value for ref in _initialized for value in dpool.get(ref)]
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:

@@ -302,6 +302,7 @@ def _recall(_: object) -> int:
 MAIN = """
 import enum
 import functools
+from multiprocessing.reduction import ForkingPickler
 
 import dpool
 from dpool.concurrent.futures import ProcessPoolExecutor
@@ -315,6 +316,23 @@ class Point:
 
 class Wrong(Exception): pass
 
+class Inner: pass
+
+class Outer:
+    class Inner: pass
+
+class Registered:
+    def __init__(self, number): self.number = number
+
+def reduce_registered(value): return Registered, (value.number + 99,)
+
+class Counting:
+    count = 0
+
+def count_up(value):
+    Counting.count += 1
+    return Counting.count
+
 class Colour(enum.Enum):
     RED = 1
 
@@ -327,6 +345,7 @@ def set_state(value):
 def get_state(_): return state
 def add(a, b): return a + b
 def same(value): return value
+def get_number(value): return value.number
 def is_point(value): return isinstance(value, Point)
 def fail(value): raise Wrong(value)
 
@@ -344,6 +363,16 @@ if __name__ == "__main__":
         assert pool.apply(same, ([Point(1), b"x" * 1_000_000],)) == [Point(1), b"x" * 1_000_000]
         assert pool.apply(same, (dpool.put(Point(9)),)) == Point(9)
         assert pool.apply(same, (b"__main__",)) == b"__main__"
+        assert list(map(type, pool.map(same, [Outer.Inner(), Inner()]))) == [Outer.Inner, Inner]
+        ForkingPickler.register(Registered, reduce_registered)
+        assert pool.apply(get_number, (Registered(1),)) == 100
+        ref = dpool.put(Counting())
+        Counting.count = 7
+        assert type(dpool.get(ref)) is Counting and Counting.count == 7
+    Counting.count = 0
+    with Pool(1) as pool:
+        assert pool.map(count_up, [Counting() for _ in range(5)], chunksize=1) == [1, 2, 3, 4, 5]
+    with Pool(2) as pool:
         try:
             pool.apply(fail, (1,))
         except Wrong:

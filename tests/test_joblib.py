@@ -384,6 +384,13 @@ def test_an_initializer_runs_once_in_each_worker() -> None:
     assert run(tasks.initialized, *range(6)) == [[]] * 6  # never those of a call with an initializer
 
 
+def test_an_initializer_with_another_ref_is_another_one() -> None:
+    for value in (0, 1):
+        ref = dpool.put([value])
+        options: dict[str, Any] = {"initializer": tasks.initialize, "initargs": (ref,)}
+        assert run(tasks.values_initialized, *range(6), **options) == [[value]] * 6
+
+
 # -- arrays
 
 

@@ -54,10 +54,13 @@ def lead(job: Job) -> str:
         return _lead(job)
     except (DpoolError, ValueError, OSError) as error:
         place = _meeting_place(job)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the others' end may be the whole job's
         with contextlib.suppress(OSError):
             _announce(place, {"failed": str(error)})
-            time.sleep(FAILED_FOR_S)
-            place.unlink()
+            try:
+                time.sleep(FAILED_FOR_S)
+            finally:
+                place.unlink()
         raise
 
 

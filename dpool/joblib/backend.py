@@ -251,6 +251,8 @@ class DpoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc
             hashed = hashlib.blake2b(first.data)
             for buffer in first.buffers:
                 hashed.update(buffer)
+            for ref in first.refs:
+                hashed.update(ref.key)
             digest = hashed.digest()
         max_tasks = options.get("maxtasksperchild")
         needs = parse_resources(options.get("resources"))

@@ -10,8 +10,6 @@ import io
 import pickle
 import sys
 import threading
-from collections import ChainMap
-from multiprocessing.reduction import ForkingPickler
 
 from dpool import session
 from dpool.objects import ObjectRef
@@ -94,10 +92,8 @@ def _pickler() -> Any:
     base = session.by_value_pickler()
 
     class Pickler(base):  # type: ignore[misc, valid-type]
-        """cloudpickle's, with the reductions that programs have registered with multiprocessing, and ours of arrays."""
+        """With our reductions of arrays, and of refs."""
 
-        dispatch_table = ChainMap(*base.dispatch_table.maps,
-                                  ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
         arrays: tuple[type, ...] = ()
         refs: list[ObjectRef]
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import pickle
 import sys
 import types
+import weakref
 import zlib
+from collections import ChainMap
+from multiprocessing.reduction import ForkingPickler
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -102,10 +105,15 @@ def by_value_pickler() -> Any:
     import cloudpickle
 
     class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+        # Reductions that the program has registered hold here, too.
+        dispatch_table = ChainMap(*cloudpickle.CloudPickler.dispatch_table.maps,
+                                  ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
+
         def reducer_override(self, obj: Any) -> Any:
             reduced = super().reducer_override(obj)
             if isinstance(obj, type) and obj.__module__ == "__main__" and isinstance(reduced, tuple):
-                return (*reduced[:5], _set_class_in_main)
+                state = reduced[2], obj.__qualname__, _outermost(obj)
+                return (*reduced[:2], state, None, None, _set_class_in_main)
             if (isinstance(obj, types.FunctionType) and obj.__globals__ is sys.modules["__main__"].__dict__
                     and isinstance(reduced, tuple) and len(reduced) == 6):
                 make, arguments, state = reduced[:3]
@@ -127,12 +135,31 @@ def _make_in_main(make: Callable[..., Any], code: types.CodeType, *rest: Any) ->
     return make(code, sys.modules["__main__"].__dict__, *rest)
 
 
+def _outermost(kind: type) -> type | None:
+    """The class of `__main__` within which `kind` is found by its name, perhaps itself; None if it is not found."""
+    top, _, rest = kind.__qualname__.partition(".")
+    found = outermost = sys.modules["__main__"].__dict__.get(top)
+    for name in filter(None, rest.split(".")):
+        found = getattr(found, name, None)
+    return outermost if found is kind and isinstance(outermost, type) else None
+
+
+# The classes that were set up here. Not again: that would set their attributes back.
+_set_up: weakref.WeakSet[type] = weakref.WeakSet()
+
+
 def _set_class_in_main(made: Any, state: Any) -> Any:
     from cloudpickle import cloudpickle
 
+    state, qualname, outermost = state
+    mine = _outermost(made)
+    if made in _set_up or (mine is not None and mine is not _shipped.get(mine.__name__)):
+        return made  # the latter is this process's own, come back
+    _set_up.add(made)
     made = cloudpickle._class_setstate(made, state)
-    if "." not in made.__qualname__:
-        _ship(made.__name__, made)
+    made.__qualname__ = qualname
+    if outermost is not None:
+        _ship(qualname.partition(".")[0], outermost)
     return made
 
 

@@ -187,19 +187,38 @@ class Listener:
 
 class Dialer:
     """The side that connects: one connection to one address. With `again` it is made anew, as long as it takes,
-    whenever it breaks; what was under way is lost then."""
+    whenever it breaks; what was under way is lost then.
+
+    Raises ValueError for an address that is none, OSError if there can be no more sockets.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: Keys | DriverKeys, role: str, server: str,
                  address: str, again: bool = False) -> None:
         parse_address(address)
         public, secret = keys.pair(role)
         self.address = address
-        self._socket = context.socket(zmq.DEALER)
+        self.connected = False
+        self.failure = ""  # why the last attempt failed
+        self.broken = False  # there is no connection, and without `again` there will be none
+        self._again = again
+        try:
+            self._socket = context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"no socket for {address}: {error.strerror}") from None
+        try:
+            self._open(public, secret, keys.public(server))
+        except zmq.ZMQError as error:
+            self._socket.close(0)
+            if error.errno == zmq.EINVAL:
+                raise ValueError(f"{address!r} is no address of a cluster: {error.strerror}") from None
+            raise OSError(error.errno, f"no connection to {address}: {error.strerror}") from None
+
+    def _open(self, public: bytes, secret: bytes, server: bytes) -> None:
         _prepare(self._socket)
-        self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.public(server))
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, server)
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
-        if again:
+        if self._again:
             self._socket.setsockopt(zmq.IMMEDIATE, 1)  # what is said while there is no connection is not kept
             self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
             self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -209,11 +228,7 @@ class Dialer:
             zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_CONNECT_RETRIED)
-        self.connected = False
-        self.failure = ""  # why the last attempt failed
-        self.broken = False  # there is no connection, and without `again` there will be none
-        self._again = again
-        self._socket.connect(address)
+        self._socket.connect(self.address)
         self.descriptors = [int(s.getsockopt(zmq.FD)) for s in (self._socket, self._monitor)]
 
     def watch(self) -> None:
