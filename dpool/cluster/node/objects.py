@@ -196,8 +196,8 @@ class Objects:
         self._brought[source] = now
 
     def in_vain(self, key: bytes, now: float) -> bool:
-        """Whether no other node is to wait for more of an object here: the driver that is to send it has sent nothing of
-        any for long, and may wait for what that node is to do. A part here waits on if that driver is all it has."""
+        """Whether no other node is to wait for more of an object here: the driver that is to send it has sent nothing
+        of any for long, and may wait for what that node is to do. A part here that has no other driver waits on."""
         known = self._objects[key]
         return known.part != b"" and now >= self._moved_at(known) + STALLED_AFTER_S
 
