@@ -474,6 +474,15 @@ def test_who_waits_is_told_when_the_driver_here_is_silent(around: Around) -> Non
     assert not around.exchange._pullers
 
 
+def test_who_has_not_all_yet_that_is_here_waits_for_the_rest_of_it(around: Around) -> None:
+    around.fetch(KEY, 10, own=True)
+    around.driver_sends(KEY, 10, 0, bytes(4))
+    assert isinstance(around.pull(KEY, 0), messages.Piece)
+    around.time += STALLED_AFTER_S
+    assert around.pull(KEY, 0) == messages.Patience(KEY), "it is under way"
+    assert around.pull(KEY, 4) == messages.NotHere(KEY)
+
+
 # -- the agent's turns
 
 
@@ -540,7 +549,12 @@ def test_a_stop_of_what_waits_for_an_object_waits_with_it(agent: Agent, monkeypa
     part = _part(agent)
     workers = cast(Idle, part.workers)
     waits: list[float] = []
-    monkeypatch.setattr(agent._waker, "wait", lambda timeout: waits.append(timeout) or set())
+
+    def wait(timeout: float) -> set[int]:
+        waits.append(timeout)
+        return set()
+
+    monkeypatch.setattr(agent._waker, "wait", wait)
     part.ledger.park(7, 1, (b"", []))
     agent._on_control(part, messages.Stop(7, 0), 0)
     workers.stops.clear()
