@@ -1,28 +1,43 @@
-"""The books of a node about objects: node/objects.py, driven directly, and by a model of parts, drivers and sources.
+"""A node's objects: node/objects.py, driven directly, and by a model of parts, drivers and sources; node/exchange.py
+with connections that note what is said; the agent's turns, as far as they concern objects.
 
-Pure: no socket, process or clock. Run by pytest.
+No process and no clock; the agent's sockets are never connected. Run by pytest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+from zlib import crc32
+
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from dpool.cluster.node import agent as agent_module
+from dpool.cluster.node.agent import Agent, Part
+from dpool.cluster.node.exchange import IDLE_S, WINDOW_BYTES, Exchange
 from dpool.cluster.node.objects import (
     ASK,
     CLOSE,
     GOT,
     LEAVE,
     PULL,
+    QUEUED_AFTER_S,
     READY,
     SILENT_AFTER_S,
     STALLED_AFTER_S,
     Deed,
     Objects,
 )
+from dpool.cluster.store.transfer import OBJECT_PIECE_BYTES
+from dpool.cluster.wire import messages, sessions
+from dpool.cluster.wire.keys import AGENT, Keys
+from dpool.cluster.wire.surroundings import Surroundings
+from dpool.resources import Stock
 
-KEY = b"k" * 16
+KEY, OTHER_KEY = b"k" * 16, b"o" * 16
 A, B = b"a" * 16, b"b" * 16
 THERE = "tcp://there:1"
 
@@ -74,11 +89,67 @@ def test_a_source_that_waits_itself_is_waited_for_but_not_for_ever() -> None:
     books = Objects()
     books.fetch(KEY, 10, A, THERE, False, 0.0)
     now = 0.0
-    while now + 1.0 < STALLED_AFTER_S:
+    while now + 1.0 < QUEUED_AFTER_S:
         now += 1.0
-        books.heard(KEY, THERE, now)
+        books.heard(THERE, now)
         assert books.tick(now) == []
-    assert books.tick(STALLED_AFTER_S) == [Deed(LEAVE, KEY, source=THERE), Deed(ASK, KEY, A, 0, 0, THERE)]
+    assert books.tick(QUEUED_AFTER_S) == [Deed(LEAVE, KEY, source=THERE), Deed(ASK, KEY, A, 0, 0, THERE)]
+
+
+def test_an_object_waits_behind_others_of_its_source_as_long_as_those_come() -> None:
+    books = Objects()
+    books.fetch(KEY, 10, A, THERE, False, 0.0)
+    books.fetch(OTHER_KEY, 1000, A, THERE, False, 0.0)
+    for now in range(1, 500):
+        books.heard(THERE, now)
+        books.brought(THERE, now)
+        books.moved(OTHER_KEY, now, now)
+        assert books.tick(now) == []
+    assert books.tick(499.0 + SILENT_AFTER_S) == [
+        Deed(LEAVE, KEY, source=THERE), Deed(ASK, KEY, A, 0, 0, THERE),
+        Deed(LEAVE, OTHER_KEY, source=THERE), Deed(ASK, OTHER_KEY, A, 0, 499, THERE)]
+
+
+def test_what_another_source_or_session_brings_does_not_count() -> None:
+    books = Objects()
+    books.fetch(KEY, 10, A, THERE, False, 0.0)
+    books.fetch(OTHER_KEY, 10, A, "tcp://another:1", False, 0.0)
+    books.heard("tcp://another:1", SILENT_AFTER_S)
+    books.brought("tcp://another:1", SILENT_AFTER_S)
+    assert books.tick(SILENT_AFTER_S) == [Deed(LEAVE, KEY, source=THERE), Deed(ASK, KEY, A, 0, 0, THERE)]
+
+
+def test_other_nodes_wait_for_a_driver_as_long_as_it_sends_anything() -> None:
+    books = Objects()
+    books.fetch(KEY, 10, A, "", True, 0.0)
+    books.fetch(OTHER_KEY, 1000, A, "", True, 0.0)
+    books.fetch(KEY, 10, B, "", False, 0.0)
+    for now in range(1, 500):
+        books.sent(OTHER_KEY, 1000, A, now)
+        books.moved(OTHER_KEY, now, now)
+        assert not books.in_vain(KEY, now) and books.tick(now) == []
+    books.part_ended(B, 499.0)
+    assert not books.in_vain(KEY, 499.0 + STALLED_AFTER_S - 0.1)
+    assert books.in_vain(KEY, 499.0 + STALLED_AFTER_S)
+    assert books.tick(499.0 + STALLED_AFTER_S) == [], "a part waits for its own driver"
+
+
+def test_a_source_that_is_named_later_is_asked() -> None:
+    books = Objects()
+    assert books.fetch(KEY, 10, A, "", False, 0.0) == []
+    assert books.fetch(KEY, 10, B, THERE, False, 5.0) == [Deed(PULL, KEY, source=THERE)]
+    assert books.tick(5.0 + SILENT_AFTER_S - 0.1) == []
+    books.validate()
+
+
+def test_a_driver_that_sends_it_later_is_the_one_to_wait_for() -> None:
+    books = Objects()
+    books.fetch(KEY, 10, A, "", False, 0.0)
+    assert books.fetch(KEY, 10, B, "", True, 0.0) == []
+    known = books.get(KEY)
+    assert known is not None and known.part == B
+    assert books.fetch(KEY, 10, A, THERE, False, 0.0) == [], "it comes already"
+    books.validate()
 
 
 def test_when_the_part_that_brings_it_ends_another_one_asks() -> None:
@@ -186,11 +257,11 @@ class Node(RuleBasedStateMachine):
                 self.pulling = ""
             self.do(self.books.moved(KEY, self.have, self.now))
 
-    @rule(seconds=st.sampled_from([1.0, SILENT_AFTER_S, STALLED_AFTER_S]), heard=st.booleans())
+    @rule(seconds=st.sampled_from([1.0, SILENT_AFTER_S, STALLED_AFTER_S, QUEUED_AFTER_S]), heard=st.booleans())
     def time_passes(self, seconds: float, heard: bool) -> None:
         self.now += seconds
         if heard and self.pulling:
-            self.books.heard(KEY, self.pulling, self.now)
+            self.books.heard(self.pulling, self.now)
         self.do(self.books.tick(self.now))
 
     @precondition(lambda self: self.pulling)
@@ -245,3 +316,269 @@ class Node(RuleBasedStateMachine):
 
 TestNode = Node.TestCase
 TestNode.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+# -- the exchange, between connections that note what is said
+
+
+class Connection:
+    """To another node: what is said to it, and what it says."""
+
+    def __init__(self) -> None:
+        self.descriptors: list[int] = []
+        self.broken = False
+        self.closed = False
+        self.said: list[Any] = []
+        self.says: list[list[memoryview]] = []
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        self.said.append(messages.to_source.decode(frames[0]))
+        return True
+
+    def receive(self) -> Iterator[list[memoryview]]:
+        while self.says:
+            yield self.says.pop(0)
+
+    def watch(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+    def piece(self, key: bytes, size: int, start: int, content: bytes) -> None:
+        message = messages.Piece(key, size, start, crc32(content))
+        self.says.append([memoryview(messages.encode(message)), memoryview(content)])
+
+    def patience(self, key: bytes) -> None:
+        self.says.append([memoryview(messages.encode(messages.Patience(key)))])
+
+
+class Around:
+    """Surroundings, waker and listener of an exchange."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.connections: dict[str, Connection] = {}
+        self.sent: list[Any] = []  # to those who ask here
+        self.told: list[Deed] = []
+        self.exchange = Exchange(cast(Any, self), cast(Any, self), cast(Any, self), self.told.append)
+
+    def now(self) -> float:
+        return self.time
+
+    def dialer(self, role: str, server: str, address: str) -> Connection:
+        self.connections[address] = Connection()
+        return self.connections[address]
+
+    def add(self, descriptors: Sequence[int]) -> None:
+        pass
+
+    remove = add
+
+    def send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
+        self.sent.append(messages.from_source.decode(frames[0]))
+        return True
+
+    def fetch(self, key: bytes, size: int, source: str = "", own: bool = False, part: bytes = A) -> None:
+        self.exchange.fetch(messages.Fetch(key, size, source, own=own), part)
+
+    def driver_sends(self, key: bytes, size: int, start: int, content: bytes) -> None:
+        self.exchange.on_piece(A, (key, size, start, crc32(content)), memoryview(content))
+
+    def pull(self, key: bytes, start: int) -> Any:
+        """Another node asks for an object: the answer."""
+        self.sent.clear()
+        self.exchange.on_peer(b"peer", messages.encode(messages.Pull(key, start, start + WINDOW_BYTES)))
+        [answer] = self.sent
+        return answer
+
+    def second(self) -> None:
+        self.time += 1.0
+        self.exchange.receive()
+        self.exchange.tick()
+        self.exchange.validate()
+
+
+@pytest.fixture
+def around() -> Iterator[Around]:
+    around = Around()
+    yield around
+    around.exchange.close()
+
+
+def test_one_window_is_divided_among_the_objects_that_a_source_gives(around: Around) -> None:
+    keys = [bytes([number]) * 16 for number in range(1, 41)]
+    size = 2 * WINDOW_BYTES
+    for key in keys:
+        around.fetch(key, size, THERE)
+    there = around.connections[THERE]
+    assert [pull.upto - pull.start for pull in there.said] == [OBJECT_PIECE_BYTES] * len(keys)
+    content = bytes(OBJECT_PIECE_BYTES)
+    for start in range(0, 3 * len(content), len(content)):
+        for key in keys[:4]:
+            there.piece(key, size, start, content)
+        there.said.clear()
+        around.exchange.receive()
+    asked = {pull.key: pull.upto - pull.start for pull in there.said}
+    known = [around.exchange.objects.get(key) for key in keys[:4]]
+    assert all(one is not None and one.have == 3 * len(content) for one in known)
+    assert all(asked.get(key, WINDOW_BYTES // 4) == WINDOW_BYTES // 4 for key in keys[:4])
+    source = around.exchange._sources[THERE]
+    under_way = sum(source.asked[key] for key in keys) - 12 * len(content)
+    assert under_way <= 2.1 * WINDOW_BYTES + 36 * OBJECT_PIECE_BYTES  # 16 / 1 + 16 / 2 + 16 / 3 + 16 / 4 MiB, at most
+    for key in keys[1:4]:
+        there.patience(key)
+    there.piece(keys[0], size, 3 * len(content), content)
+    around.exchange.receive()
+    assert source.window(keys[0]) == WINDOW_BYTES, "what waits has no share"
+
+
+def test_whatever_a_source_says_it_is_alive_for_all_its_objects(around: Around) -> None:
+    around.fetch(KEY, 10, THERE)
+    around.fetch(OTHER_KEY, 1000, THERE)
+    there = around.connections[THERE]
+    for second in range(100):
+        there.piece(OTHER_KEY, 1000, second, b"x")
+        around.second()
+        assert not around.told
+    while not around.told:
+        around.second()
+    assert around.time == 100.0 + SILENT_AFTER_S
+    assert around.told == [Deed(ASK, KEY, A, 0, 0, THERE), Deed(ASK, OTHER_KEY, A, 0, 100, THERE)]
+
+
+def test_what_came_from_elsewhere_is_not_asked_for_again(around: Around) -> None:
+    around.fetch(KEY, 10, THERE)
+    there = around.connections[THERE]
+    around.driver_sends(KEY, 10, 0, bytes(10))
+    assert around.told == [Deed(GOT, KEY, A)]
+    there.said.clear()
+    for _ in range(int(IDLE_S) + 1):
+        around.second()
+    assert there.said == [messages.Enough(KEY)] and there.closed
+
+
+def test_who_waits_is_told_when_the_driver_here_is_silent(around: Around) -> None:
+    """Somebody must notice: the node that waits hears of patience alone."""
+    around.fetch(KEY, 10, own=True)
+    around.fetch(OTHER_KEY, 1000, own=True)
+    for second in range(100):
+        around.driver_sends(OTHER_KEY, 1000, second, b"x")
+        assert around.pull(KEY, 0) == messages.Patience(KEY)
+        around.second()
+    around.driver_sends(OTHER_KEY, 1000, 100, b"x")
+    around.time += STALLED_AFTER_S - 0.1
+    assert around.pull(KEY, 0) == messages.Patience(KEY)
+    around.time += 0.1
+    assert around.pull(KEY, 0) == messages.NotHere(KEY)
+    assert not around.exchange._pullers
+
+
+def test_who_has_not_all_yet_that_is_here_waits_for_the_rest_of_it(around: Around) -> None:
+    around.fetch(KEY, 10, own=True)
+    around.driver_sends(KEY, 10, 0, bytes(4))
+    assert isinstance(around.pull(KEY, 0), messages.Piece)
+    around.time += STALLED_AFTER_S
+    assert around.pull(KEY, 0) == messages.Patience(KEY), "it is under way"
+    assert around.pull(KEY, 4) == messages.NotHere(KEY)
+
+
+# -- the agent's turns
+
+
+class Cut(Surroundings):
+    """No other node can be dialed, if there is an error to raise."""
+
+    error: Exception | None = None
+
+    def dialer(self, role: str, server: str, address: str, again: bool = False) -> Any:
+        if server == AGENT and self.error is not None:
+            raise self.error
+        return super().dialer(role, server, address, again)
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    keys = Keys(bytes(32))
+    agent = Agent(keys, "tcp://127.0.0.1:9", "tcp://127.0.0.1:0", 1, Stock({}), lambda _: None, around=Cut(keys),
+                  make_workers=cast(Any, lambda *_: pytest.fail("no workers are wanted")))
+    agent.step()  # it says its state
+    yield agent
+    agent._end()
+
+
+def _part(agent: Agent) -> Part:
+    part = agent._parts[A] = Part(A, agent._around.now(), agent._library, agent.exchange)
+    part.workers = cast(Any, Idle())
+    return part
+
+
+class Idle:
+    """Workers that have nothing to do."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        self.by_slot: dict[int, Any] = {}
+        self.stops: list[list[tuple[int, int]]] = []
+
+    def stop(self, tasks: list[tuple[int, int]]) -> set[int]:
+        self.stops.append(tasks)
+        return set()
+
+    def send(self, *_: Any) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("error", [None, OSError(24, "Too many open files")], ids=["no address", "no descriptors"])
+def test_a_source_that_cannot_be_dialed_refuses(agent: Agent, monkeypatch: pytest.MonkeyPatch,
+                                                error: Exception | None) -> None:
+    monkeypatch.setattr(Cut, "error", error)
+    part = _part(agent)
+    agent._on_control(part, messages.Fetch(KEY, 10, "tcp://a b:7077"), 0)
+    agent.step()
+    assert agent._parts == {A: part}
+    [said] = [messages.from_node.decode(frames[0][sessions.HEADER.size:]) for frames in part.session.resume(0)]
+    assert said == messages.Missing(KEY, 0, "tcp://a b:7077")
+
+
+def test_a_stop_of_what_waits_for_an_object_waits_with_it(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = _part(agent)
+    workers = cast(Idle, part.workers)
+    waits: list[float] = []
+
+    def wait(timeout: float) -> set[int]:
+        waits.append(timeout)
+        return set()
+
+    monkeypatch.setattr(agent._waker, "wait", wait)
+    part.ledger.park(7, 1, (b"", []))
+    agent._on_control(part, messages.Stop(7, 0), 0)
+    workers.stops.clear()
+    agent._state_at = agent._around.now() + 1000.0
+    agent.step()
+    assert waits.pop() > 900.0 and not workers.stops
+    part.ledger.unpark(7)
+    agent._hand_over(part)
+    agent.step()
+    assert waits.pop() < 2 * agent_module.STOP_RECHECK_S and workers.stops == [[(7, 0)]]
+
+
+def test_nothing_is_sent_before_the_wait(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may use up the news of what has come, and then the wait is long."""
+    order: list[str] = []
+    for owner, name in ((agent, "_say_state"), (agent, "_look_around"), (agent.exchange, "tick"),
+                        (agent._waker, "wait"), (agent._listener, "receive"), (agent.exchange, "receive")):
+        original = getattr(owner, name)
+
+        def noted(*args: Any, name: str = name, original: Any = original) -> Any:
+            order.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, noted)
+    agent._state_at = agent._around.now()
+    agent.step()
+    assert order == ["wait", "_say_state", "_look_around", "tick", "receive", "receive"]

@@ -651,13 +651,15 @@ class History:
         def forgotten() -> bool:
             head = self.head.head.membership
             living = [node for node in self.nodes if node.process.alive]
-            kept = any(node.agent._parts or node.agent.exchange.objects.keys for node in living)
+            kept = any(node.agent._parts or node.agent.exchange.objects.keys or node.agent.exchange._sources
+                       for node in living)
             return (all(driver.gone for driver in self.drivers) and not kept
                     and not head.drivers and set(head.nodes) == {node.agent.id for node in living})
 
         if not self.world.run(until, forgotten):
             left = [driver.name for driver in self.drivers if not driver.gone]
-            kept = [node.host for node in self.nodes if node.process.alive and node.agent._parts]
+            kept = [node.host for node in self.nodes if node.process.alive
+                    and (node.agent._parts or node.agent.exchange.objects.keys or node.agent.exchange._sources)]
             raise Violation(f"{FORGOTTEN_WITHIN_S:.0f} s after the last result drivers {left} have not ended, nodes "
                             f"{kept} have not forgotten, the head knows {len(self.head.head.membership.nodes)} nodes")
 

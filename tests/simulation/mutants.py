@@ -241,6 +241,8 @@ MUTANTS: dict[str, Mutant] = {
         Objects, "_failed", lambda original, self, *args: [deed for deed in original(self, *args) if deed.what != ASK]),
     "objects: what is here is not told to batches that wait": Mutant(Batches, "ready", _nothing),
     "objects: a batch does not wait for all of an object": _around(Exchange, "need", _hands_over_without),
+    "objects: what is not wanted from a source any more is asked for on": Mutant(
+        Exchange, "_leave", staticmethod(_nothing)),
     "objects: those of a part that has ended stay": Mutant(Objects, "part_ended", lambda *_: []),
     "objects: a driver does not send what is missing": Mutant(Luggage, "missing", _nothing),
     "objects: there is never room for more": Mutant(ClusterPort, "_send_later", _nothing),

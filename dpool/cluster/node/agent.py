@@ -81,6 +81,11 @@ class Part:
         self.stops: set[tuple[int, int]] = set()  # tasks to be stopped: batch, index
         self.stopped: set[int] = set()  # slots of workers that were ended for that
 
+    @property
+    def stops_soon(self) -> bool:
+        """Whether a task that is to be stopped may begin: not in a batch that waits for objects."""
+        return any(batch not in self.ledger.parked for batch, _ in self.stops)
+
     def close(self) -> None:
         """Give every descriptor back; its workers must have ended or be ending."""
         if self.workers is not None:
@@ -158,29 +163,31 @@ class Agent:
     def step(self) -> None:
         """One turn of serve(): wait until something comes or falls due, and see to it."""
         now = self._around.now()
-        if now >= self._state_at:
-            self._say_state()
-            self._look_around(now)
-            self.exchange.tick()
-            self._state_at = now + STATE_EVERY_S
         deadline = self._state_at
         for part in self._parts.values():
             if part.ledger.deadline is not None:
                 deadline = min(deadline, part.ledger.deadline)
             if part.ending:
                 deadline = min(deadline, now + 0.05)
-            if part.stops:
+            if part.stops_soon:
                 deadline = min(deadline, now + STOP_RECHECK_S)
         ready = self._waker.wait(0 if self._more else deadline - now)
+        # After the wait: sending may use up the news of what has come.
+        now = self._around.now()
+        if now >= self._state_at:
+            self._say_state()
+            self._look_around(now)
+            self.exchange.tick()
+            self._state_at = now + STATE_EVERY_S
         self._listener.authenticate()
         for descriptor in ready:
             part_or_none = self._by_descriptor.get(descriptor)
             if part_or_none is not None:
                 self._on_part(part_or_none, descriptor)
         for part in list(self._parts.values()):
-            if part.ending or part.stops or part.ledger.deadline is not None:
+            if part.ending or part.stops_soon or part.ledger.deadline is not None:
                 self._on_time(part, self._around.now())
-        # Last, and until there is nothing: sending, too, may use up the news of what has come.
+        # Last, and until there is nothing, for the same reason.
         for message in self._head.receive():
             self._from_head(message[0])
         self._head.watch()
@@ -565,7 +572,7 @@ class Agent:
             self._on_part(part, workers.descriptor)  # its poll() also keeps the time of kill()
             if not workers.supervisor.closing:
                 self._close_tasks(part, workers)
-        if part.stops:
+        if part.stops_soon:
             self._stop_tasks(part, workers)
         if part.ledger.deadline is not None and part.ledger.deadline <= now:
             for batch in part.ledger.lost(workers.claimed(), workers.unread(), now):

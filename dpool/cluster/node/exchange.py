@@ -13,6 +13,7 @@ from collections.abc import Callable
 import msgspec
 
 from dpool.cluster.node.objects import CLOSE, LEAVE, PULL, Deed, Objects
+from dpool.cluster.store import transfer
 from dpool.cluster.store.transfer import Arrival, BadPiece
 from dpool.cluster.wire import messages
 from dpool.cluster.wire.keys import AGENT
@@ -20,10 +21,11 @@ from dpool.cluster.wire.links import Dialer, Frame, Listener
 from dpool.cluster.wire.links import Waker as LinksWaker
 from dpool.cluster.wire.surroundings import Surroundings
 
-# What of one object may be under way from one node to another. Larger: fills longer and faster links. Smaller: less
-# memory on both sides.
+# What may be under way from one node to another, of all objects that are on the move there; of each that is not, one
+# piece. Larger: fills longer and faster links. Smaller: less memory on both sides.
 WINDOW_BYTES = 16 << 20
-# A source that has said nothing for so long is asked whether it is still there. Less than objects.py, SILENT_AFTER_S.
+# An object of which nothing has come for so long is asked for again, to hear whether its source is still there. Less
+# than objects.py, SILENT_AFTER_S.
 ASK_AGAIN_S = 0.9
 # A connection to another node of which nothing is wanted is closed after this time. Longer: fewer handshakes, of a few
 # milliseconds. Shorter: fewer descriptors.
@@ -38,7 +40,17 @@ class _Source:
     def __init__(self, dialer: Dialer, now: float) -> None:
         self.dialer = dialer
         self.asked: dict[bytes, int] = {}
+        self.moving: dict[bytes, None] = {}  # those of which the last that was said was a piece
         self.used_at = now
+
+    def window(self, key: bytes) -> int:
+        """How much of an object may be under way."""
+        return max(WINDOW_BYTES // len(self.moving) if key in self.moving else 0, transfer.OBJECT_PIECE_BYTES)
+
+    def forget(self, key: bytes) -> bool:
+        """An object is not wanted from here any more; whether it was."""
+        self.moving.pop(key, None)
+        return self.asked.pop(key, None) is not None
 
 
 class _Puller:
@@ -120,12 +132,17 @@ class Exchange:
                 self._pull(deed.key, deed.source)
             elif deed.what == LEAVE:
                 source = self._sources.get(deed.source)
-                if source is not None and source.asked.pop(deed.key, None) is not None:
-                    source.dialer.send((messages.encode(messages.Enough(deed.key)),))
+                if source is not None:
+                    self._leave(source, deed.key)
             elif deed.what == CLOSE:
                 self._close(deed.key)
             else:
                 self._tell(deed)
+
+    @staticmethod
+    def _leave(source: _Source, key: bytes) -> None:
+        if source.forget(key):
+            source.dialer.send((messages.encode(messages.Enough(key)),))
 
     def _close(self, key: bytes) -> None:
         for peer in self._pullers.pop(key, ()):
@@ -143,7 +160,7 @@ class Exchange:
         if source is None:
             try:
                 dialer = self._around.dialer(AGENT, AGENT, address)
-            except ValueError:  # no address
+            except (ValueError, OSError):  # no address, or there are no descriptors
                 self._do(self.objects.refused(key, address, now))
                 return
             source = self._sources[address] = _Source(dialer, now)
@@ -151,7 +168,7 @@ class Exchange:
         arrival = self._arrivals.get(key)
         have = arrival.have if arrival is not None else 0
         source.used_at = now
-        source.asked[key] = have + WINDOW_BYTES
+        source.asked[key] = have + source.window(key)
         source.dialer.send((messages.encode(messages.Pull(key, have, source.asked[key])),))
 
     def receive(self) -> bool:
@@ -175,15 +192,16 @@ class Exchange:
             message = messages.from_source.decode(frames[0])
         except msgspec.DecodeError:
             return
+        now = self._around.now()
+        self.objects.heard(address, now)
         known = self.objects.get(message.key)
         if known is None or known.source != address:
             return  # not wanted any more
-        now = self._around.now()
         if isinstance(message, messages.Patience):
-            self.objects.heard(message.key, address, now)
+            source.moving.pop(message.key, None)
             return
         if isinstance(message, messages.NotHere) or len(frames) != 2:
-            source.asked.pop(message.key, None)
+            source.forget(message.key)
             self._do(self.objects.refused(message.key, address, now))
             return
         try:
@@ -192,10 +210,13 @@ class Exchange:
         except (BadPiece, OSError):
             self._do(self.objects.refused(message.key, address, now))
             return
+        self.objects.brought(address, now)
         source.used_at = now
         if known.whole:
-            source.asked.pop(message.key, None)
-        elif source.asked.get(message.key, 0) - known.have <= WINDOW_BYTES // 2:
+            source.forget(message.key)
+            return
+        source.moving[message.key] = None
+        if source.asked.get(message.key, 0) - known.have <= source.window(message.key) // 2:
             self._pull(message.key, address)
 
     def _hang_up(self, address: str) -> None:
@@ -210,7 +231,9 @@ class Exchange:
         for address, source in list(self._sources.items()):
             for key in list(source.asked):
                 known = self.objects.get(key)
-                if known is not None and now >= known.heard_at + ASK_AGAIN_S:
+                if known is None or known.source != address:
+                    self._leave(source, key)  # it came from elsewhere
+                elif now >= known.moved_at + ASK_AGAIN_S:
                     self._pull(key, address)
             if not source.asked and now >= source.used_at + IDLE_S:
                 self._hang_up(address)
@@ -227,7 +250,8 @@ class Exchange:
         if isinstance(message, messages.Enough):
             self._forget_puller(key, peer)
             return
-        if self.objects.get(key) is None:
+        known = self.objects.get(key)
+        if known is None:
             self._listener.send(peer, (messages.encode(messages.NotHere(key)),))
             return
         pullers = self._pullers.setdefault(key, {})
@@ -236,7 +260,12 @@ class Exchange:
             puller = pullers[peer] = _Puller(message.start)
         # Not more than one may have under way, whatever it asks for.
         puller.upto = max(puller.upto, min(message.upto, message.start + WINDOW_BYTES))
-        if not self._serve(key, peer):
+        if self._serve(key, peer):
+            return
+        if message.start >= known.have and self.objects.in_vain(key, self._around.now()):
+            self._forget_puller(key, peer)
+            self._listener.send(peer, (messages.encode(messages.NotHere(key)),))
+        else:
             self._listener.send(peer, (messages.encode(messages.Patience(key)),))
 
     def _serve(self, key: bytes, peer: bytes) -> bool:

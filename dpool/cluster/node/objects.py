@@ -12,9 +12,13 @@ from typing import NamedTuple
 # A source that has not answered for so long is dead, or cannot be reached. Longer: more cuts are ridden out. Shorter:
 # the driver sends sooner.
 SILENT_AFTER_S = 3.0
-# One that answers, but has nothing new for so long, is not waited for. Longer than it may need itself to find out that
-# its own source is silent.
+# The driver of another part, here or at a source, that has sent nothing of any object for so long is not waited for.
+# Longer: it may be busy longer. Shorter: batches wait less for a driver that itself waits for them.
 STALLED_AFTER_S = 12.0
+# A source that answers, and has sent nothing of any object for so long, is not waited for. It may have many objects to
+# get before; that it gets none of them it finds out itself, so this is for nodes that wait for one another. Longer:
+# those wait longer. Shorter: where objects have to wait, the driver sends them to every node.
+QUEUED_AFTER_S = 60.0
 
 # What is to be done, about an object:
 PULL = "pull"  # get it from the node at `source`, from byte `have` on
@@ -41,7 +45,7 @@ class Deed(NamedTuple):
 class Object:
     """One object: how much of it is here, who needs it, and who brings it."""
 
-    __slots__ = ("size", "have", "holders", "source", "part", "heard_at", "moved_at")
+    __slots__ = ("size", "have", "holders", "source", "part", "moved_at")
 
     def __init__(self, size: int, now: float) -> None:
         self.size = size  # 0 as long as nobody has said
@@ -49,7 +53,7 @@ class Object:
         self.holders: dict[Holder, None] = {}
         self.source = ""  # the address of the node that it comes from
         self.part = b""  # else the part whose driver sends it; empty if that is not known
-        self.heard_at = self.moved_at = now  # when its source last said anything, and when there was more of it
+        self.moved_at = now  # when there was more of it, or somebody else was to bring it
 
     @property
     def whole(self) -> bool:
@@ -62,6 +66,9 @@ class Objects:
     def __init__(self) -> None:
         self._objects: dict[bytes, Object] = {}
         self._coming: dict[bytes, None] = {}  # those that are not here whole
+        self._heard: dict[str, float] = {}  # source -> when it last said anything
+        # Source or part -> when something of any object last came from it: the others that it brings wait behind that.
+        self._brought: dict[str | bytes, float] = {}
 
     def get(self, key: bytes) -> Object | None:
         return self._objects.get(key)
@@ -91,14 +98,20 @@ class Objects:
         """A driver says that its part will need an object, and which node has it; if none is to be asked, it sends it
         (`own`), or another session brings it."""
         known = self._objects.get(key)
-        if known is not None:
-            return self._keep(key, known, part)
-        known = self._new(key, size, now)
-        known.holders[part, 0] = None
-        known.source = source
-        if own and not source:
+        if known is None:
+            known = self._new(key, size, now)
+            known.holders[part, 0] = None
+            deeds = []
+        else:
+            deeds = self._keep(key, known, part)
+            if known.whole or known.source or known.part:
+                return deeds
+        if source:
+            known.source, known.moved_at = source, now
+            return [*deeds, Deed(PULL, key, source=source)]
+        if own:
             known.part = part
-        return [Deed(PULL, key, source=source)] if source else []
+        return deeds
 
     def _new(self, key: bytes, size: int, now: float) -> Object:
         known = self._objects[key] = Object(size, now)
@@ -129,6 +142,7 @@ class Objects:
     def part_ended(self, part: bytes, now: float) -> list[Deed]:
         """A part is gone: it needs nothing more, and brings nothing more."""
         deeds: list[Deed] = []
+        self._brought.pop(part, None)
         for key, known in list(self._objects.items()):
             mine = [holder for holder in known.holders if holder[0] == part]
             for holder in mine:
@@ -147,6 +161,7 @@ class Objects:
 
     def sent(self, key: bytes, size: int, part: bytes, now: float) -> list[Deed]:
         """The driver of a part has sent a piece of an object, which that part will need."""
+        self._brought[part] = now
         known = self._objects.get(key) or self._new(key, size, now)
         if not known.size:
             known.size = size
@@ -159,7 +174,7 @@ class Objects:
         """There is more of it."""
         known = self._objects[key]
         known.have = have
-        known.heard_at = known.moved_at = now
+        known.moved_at = now
         if not known.whole:
             return []
         self._coming.pop(key, None)
@@ -172,11 +187,19 @@ class Objects:
         deeds += [Deed(GOT, key, part) for part in parts if (part, 0) in known.holders]
         return deeds if known.holders else deeds + self._end(key, known)
 
-    def heard(self, key: bytes, source: str, now: float) -> None:
-        """The source has said that it has nothing more yet."""
-        known = self._objects.get(key)
-        if known is not None and known.source == source:
-            known.heard_at = now
+    def heard(self, source: str, now: float) -> None:
+        """A source has said something, of whichever object."""
+        self._heard[source] = now
+
+    def brought(self, source: str, now: float) -> None:
+        """A source has sent something of an object, whichever: what waits behind that will come."""
+        self._brought[source] = now
+
+    def in_vain(self, key: bytes, now: float) -> bool:
+        """Whether no other node is to wait for more of an object here: the driver that is to send it has sent nothing
+        of any for long, and may wait for what that node is to do. A part here that has no other driver waits on."""
+        known = self._objects[key]
+        return known.part != b"" and now >= self._moved_at(known) + STALLED_AFTER_S
 
     def refused(self, key: bytes, source: str, now: float) -> list[Deed]:
         """The source has it no longer, or what it sends is not what it should be."""
@@ -195,23 +218,32 @@ class Objects:
         source, known.source = known.source, ""
         parts = dict.fromkeys(part for part, _ in known.holders)
         known.part = next((part for part in parts if part != known.part), known.part)
-        known.heard_at = known.moved_at = now
+        known.moved_at = now
         leave = [Deed(LEAVE, key, source=source)] if source else []
         return [*leave, Deed(ASK, key, known.part, have=known.have, source=source)]
 
     def tick(self, now: float) -> list[Deed]:
         """What has not come in time is asked for elsewhere. Call this once a second."""
         late = [(key, known) for key in self._coming if self._is_late(known := self._objects[key], now)]
-        return [deed for key, known in late for deed in self._failed(key, known, now)]
+        deeds = [deed for key, known in late for deed in self._failed(key, known, now)]
+        sources = {self._objects[key].source for key in self._coming}
+        for source in [source for source in self._heard if source not in sources]:
+            del self._heard[source]
+            self._brought.pop(source, None)
+        return deeds
 
-    @staticmethod
-    def _is_late(known: Object, now: float) -> bool:
-        if known.source and now >= known.heard_at + SILENT_AFTER_S:
-            return True
+    def _is_late(self, known: Object, now: float) -> bool:
+        if known.source:
+            heard_at = max(known.moved_at, self._heard.get(known.source, known.moved_at))
+            return now >= heard_at + SILENT_AFTER_S or now >= self._moved_at(known) + QUEUED_AFTER_S
         # A part waits for its own driver as long as its session lasts. That of another part may be busy with what waits
         # for this one.
         alone = known.part and all(part == known.part for part, _ in known.holders)
-        return now >= known.moved_at + STALLED_AFTER_S and not alone
+        return now >= self._moved_at(known) + STALLED_AFTER_S and not alone
+
+    def _moved_at(self, known: Object) -> float:
+        """When there was more of it, or of what it waits behind."""
+        return max(known.moved_at, self._brought.get(known.source or known.part, known.moved_at))
 
     def validate(self) -> None:
         """Raise AssertionError unless the books agree. For tests."""
