@@ -103,7 +103,7 @@ def test_a_batch_that_cannot_be_mapped_leaves_no_trace(stored: Stored) -> None:
     luggage = Luggage(sharing, FIRST, b"1")
     with pytest.raises(OSError):
         luggage.pack(stored.parts, [-1], {KEY}, 0.0)
-    assert not luggage.objects and sharing.near({KEY: SIZE}, FIRST) == 0
+    assert not luggage.objects and sharing.places({KEY: SIZE}) == {}
     assert told(luggage.pack(stored.parts, [stored.descriptor], {KEY}, 0.0)) == [messages.Fetch(KEY, SIZE, own=True)]
     luggage.end()
-    assert sharing.near({KEY: SIZE}, FIRST) == 0
+    assert sharing.places({KEY: SIZE}) == {}

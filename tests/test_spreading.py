@@ -52,9 +52,9 @@ def test_another_session_of_a_node_finds_it_there() -> None:
     assert spread.want(KEY, LARGE, "a", b"3", 0.0) == (HERE, DRIVER)
     for session in (b"1", b"2"):
         spread.dropped(KEY, "a", session)
-    assert spread.near(KEY, "a")
+    assert "a" in spread.nodes(KEY)
     spread.dropped(KEY, "a", b"3")
-    assert not spread.near(KEY, "a")
+    assert "a" not in spread.nodes(KEY)
     assert spread.want(KEY, LARGE, "a", b"1", 0.0) == (SEND, DRIVER)
 
 
@@ -152,7 +152,7 @@ class Cluster(RuleBasedStateMachine):
                 assert source not in passed
                 passed.append(source)
         for (key, node), sessions in self.told.items():
-            assert self.spread.near(key, node) == bool(sessions)
+            assert (node in self.spread.nodes(key)) == bool(sessions)
 
 
 TestCluster = Cluster.TestCase

@@ -70,10 +70,14 @@ class Sharing:
             for key in keys:
                 self._spreading.dropped(key, node, session)
 
-    def near(self, objects: dict[bytes, int], node: str) -> int:
-        """How many bytes of these objects, by key, are on a node or on their way there."""
+    def places(self, objects: dict[bytes, int]) -> dict[str, int]:
+        """How many bytes of these objects, by key, are on each node or on their way there."""
+        found: dict[str, int] = {}
         with self._lock:
-            return sum(nbytes for key, nbytes in objects.items() if self._spreading.near(key, node))
+            for key, nbytes in objects.items():
+                for node in self._spreading.nodes(key):
+                    found[node] = found.get(node, 0) + nbytes
+        return found
 
 
 def large(objects: Iterable[frames.Entry]) -> dict[bytes, int]:

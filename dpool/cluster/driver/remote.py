@@ -21,10 +21,11 @@ import msgspec
 
 from dpool.cluster.driver.client import Client, Pulse, Standing
 from dpool.cluster.driver.dealing import Dealing
-from dpool.cluster.driver.luggage import Luggage, Pieces, Sharing, Unsent, control, large, segment
+from dpool.cluster.driver.luggage import Pieces, Unsent, control, large, segment
 from dpool.cluster.driver.modules import answer
+from dpool.cluster.driver.nodes import Node, RemoteProcess
 from dpool.cluster.store import segments, store
-from dpool.cluster.store.transfer import Arrivals, BadPiece, pieces
+from dpool.cluster.store.transfer import BadPiece, pieces
 from dpool.cluster.wire import frames, messages, pickling, sessions
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.events import CHANGED, DEATH, HOPELESS, LOST, MESSAGE, NODE_LOST, STOLEN
@@ -55,86 +56,9 @@ REPLACE_WITHIN_S = 60.0
 UNEVEN_FOR_S = 0.01
 # And again after this time if none came.
 UNEVEN_AGAIN_S = 0.5
-# With so many messages that a node has not acknowledged, pieces of large objects wait. More: fills longer and faster
-# links. Fewer: less memory, and what is urgent waits less behind them. More than sessions.ACK_EVERY.
-MAX_UNACKNOWLEDGED = 64
 
 _SLOT_AT = 2  # where frames.RESULTS has the slot
 _SLOT = struct.Struct("<H")
-
-
-class RemoteProcess:
-    """A worker on a node, with what programs look at in a multiprocessing process."""
-
-    def __init__(self, port: ClusterPort, node: Node, slot: messages.Slot) -> None:
-        self.pid = slot.pid
-        self.name = slot.name
-        self.host = node.host
-        self.slot = slot.slot  # as the node counts
-        self.daemon = True
-        self.exitcode: int | None = None
-        self._port = port
-        self._node = node
-        self._ended = threading.Event()
-
-    def is_alive(self) -> bool:
-        return not self._ended.is_set()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait until it has ended, at most `timeout` seconds."""
-        self._ended.wait(timeout)
-
-    def terminate(self) -> None:
-        self._port.signal(self._node, self.slot, 15)
-
-    def kill(self) -> None:
-        self._port.signal(self._node, self.slot, 9)
-
-    def ended(self, exitcode: int | None) -> None:
-        """For the port: it is no more."""
-        self.exitcode = exitcode
-        self._ended.set()
-
-    def __repr__(self) -> str:
-        state = "started" if self.is_alive() else f"stopped exitcode={self.exitcode}"
-        return f"<RemoteProcess name={self.name!r} host={self.host!r} pid={self.pid} {state}>"
-
-
-class Node:
-    """A session with a node: its part of the group. One node may have several, if its part has grown."""
-
-    def __init__(self, member: messages.Member, workers: int, key: bytes, sharing: Sharing, now: float) -> None:
-        self.id = member.node
-        self.addresses = list(member.addresses)
-        self.host = member.host
-        self.workers = workers
-        self.key = key  # the session's
-        self.session = sessions.Session()
-        self.dialer: Dialer | None = None
-        self.resumed = False  # the connection carries the session
-        self.broken_at: float | None = None
-        self.retry_at = self.dialed_at = 0.0
-        self.refusals = 0
-        self.attempts = 0  # connections so far
-        self.unlinked = 0  # echoes in a row that say that the node has no connection
-        self.opened = self.watched = False
-        self.open_until = now + OPEN_TIMEOUT_S
-        self.lost = ""  # why
-        self.living: dict[int, RemoteProcess] = {}
-        self.inflight: dict[int, None] = {}
-        self.outbox: deque[Iterator[Unsent]] = deque()
-        self.arrivals = Arrivals()
-        self.luggage = Luggage(sharing, member.addresses[0], key)
-        self.stealing: set[int] = set()
-        self.asked_back = False  # an answer to GiveBack is to come
-        self.stopping: set[tuple[int, int]] = set()
-        self.first_slot = 0  # added to the node's own number of a slot, so that no two workers of a group have the same
-        self.demanded = 0
-
-    @property
-    def has_room(self) -> bool:
-        """For a piece of a large object, and there is one to be sent."""
-        return bool(self.luggage.later) and len(self.session.unacknowledged) < MAX_UNACKNOWLEDGED
 
 
 class _Every(dict[int, int]):
@@ -261,7 +185,8 @@ class ClusterPort:
         for member in placed.members:
             more = member.workers - has.get(member.node, 0)
             if more > 0 and member.addresses:
-                self._connect(Node(member, more, self.client.around.new_id(), self.client.sharing, self._now()))
+                self._connect(Node(member, more, self.client.around.new_id(), self.client.sharing,
+                                   self._now() + OPEN_TIMEOUT_S))
         self._tell_head(placed.epoch)
 
     def _parts(self) -> dict[bytes, int]:
@@ -367,9 +292,8 @@ class ClusterPort:
             if node is None:
                 return False
             if objects:
-                sharing = self.client.sharing
-                node = self._dealing.near(node, sum(objects.values()),
-                                          lambda one: sharing.near(objects, one.addresses[0]))
+                there = self.client.sharing.places(objects)
+                node = self._dealing.near(node, sum(objects.values()), lambda one: there.get(one.addresses[0], 0))
             node.outbox.extend(node.luggage.pack(parts, descriptors, store.current().objects, self._now()))
             self._unsent[node] = None
             self._of_batch[batch] = node
