@@ -33,12 +33,17 @@ def current() -> Engine:
     engine: Engine | None = _engine
     if engine is None or _pid != os.getpid():
         with _lock:
-            engine = _engine
-            if engine is None or (_pid != os.getpid() and hasattr(engine, "cpus")):
+            if not _is_chosen():
                 _set(_make(None, None))
-                engine = _engine
+            engine = _engine
     assert engine is not None
     return engine
+
+
+def _is_chosen() -> bool:
+    """Whether there is an engine that this process can use. The connection of a process that it was forked from is
+    none."""
+    return _engine is not None and (_pid == os.getpid() or not hasattr(_engine, "cpus"))
 
 
 def prepare() -> None:
@@ -107,18 +112,23 @@ def _make(address: str | None, key: str | os.PathLike[str] | None) -> Any:
 
 def _home() -> Home | None:
     """The cluster that this process is in a worker of, if it is. Raises ClusterError if the node does not say."""
-    if "dpool.cluster.worker.modules" not in sys.modules:
-        return None  # every worker of a cluster has it
+    if not _is_in_a_worker():
+        return None
     from dpool.cluster.worker import home
 
     return home.find()
 
 
+def _is_in_a_worker() -> bool:
+    """Whether this process is a worker of a cluster, or was forked from one: all of them have that module."""
+    return "dpool.cluster.worker.modules" in sys.modules
+
+
 def is_elsewhere() -> bool:
     """Whether workers are on other machines, and so have a `__main__` of their own. Connects to nothing."""
-    if _engine is not None and _pid == os.getpid():
+    if _is_chosen():
         return hasattr(_engine, "cpus")
-    return bool(os.environ.get("DPOOL_ADDRESS")) or "dpool.cluster.worker.modules" in sys.modules
+    return bool(os.environ.get("DPOOL_ADDRESS")) or _is_in_a_worker()
 
 
 def default_processes(needs: Mapping[str, float] | None = None) -> int:

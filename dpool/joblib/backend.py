@@ -285,13 +285,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _capacity() -> int:
     """How many workers can run at once: what the cluster says, on one machine the processors of this process."""
-    count: int = cpu_count() if _is_local() else session.default_processes()
+    count: int = session.default_processes() if session.is_elsewhere() else cpu_count()
     return count
-
-
-def _is_local() -> bool:
-    """Whether the workers are on this machine."""
-    return not hasattr(session.current(), "cpus")
 
 
 class Task:
@@ -356,7 +351,7 @@ class Lease:
         self._n_jobs = n_jobs
         self._options = options
         folder = options.get("temp_folder") or os.environ.get("JOBLIB_TEMP_FOLDER")
-        self.arrays = Arrays(_is_local(), options.get("max_nbytes"), options.get("mmap_mode"), folder)
+        self.arrays = Arrays(not session.is_elsewhere(), options.get("max_nbytes"), options.get("mmap_mode"), folder)
         # Set while no batch is on its way and none has its callback still running; and for good once the call is over.
         self.idle = threading.Event()
         self.idle.set()
