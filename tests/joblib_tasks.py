@@ -7,7 +7,7 @@ test_joblib*.py, with executor_tasks.py.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import dpool
@@ -112,6 +112,29 @@ def blas_threads(array: Any) -> list[int]:
 
     assert array.size
     return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+# -- no tasks: checks that hold on one machine and on a cluster
+
+
+def check_that_changes_are_seen(array: Any) -> None:
+    """A task gets a large array as it was when it was made, or later, whatever was stored before."""
+    from joblib import Parallel, delayed
+
+    with Parallel(2, backend="dpool") as parallel:
+        for value in range(5):
+            array[0] = value
+            assert parallel(delayed(first)(array) for _ in range(3)) == [value] * 3
+
+    def changing() -> Iterator[Any]:
+        for value in range(10):
+            array[0] = value
+            yield delayed(first)(array)
+
+    # joblib reads some of the input ahead; what a task gets is never older than what it was made with.
+    results = Parallel(2, backend="dpool", batch_size=1)(changing())
+    assert all(result >= value for value, result in enumerate(results))
+    assert results[-1] == 9
 
 
 # -- initializers
