@@ -14,17 +14,21 @@ import msgspec
 from msgspec import Meta
 
 # Raised with every change that an older peer would misunderstand: peers of another number refuse each other.
-PROTOCOL = 3
+PROTOCOL = 4
 # What a control message may measure at most. Tasks, results and objects are not control messages.
 MAX_CONTROL_BYTES = 1 << 20
 # What a worker may ask its driver: the name of a module, or of a package and a path in it.
 MAX_QUESTION_BYTES = 4096
+# What goes along in a call to what is lent, or in its answer; more comes before it, as a segment.
+MAX_CONTENT_BYTES = 64 * 1024
 
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=65536)]
 Count = Annotated[int, Meta(ge=0, le=1 << 20)]
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Content = Annotated[bytes, Meta(max_length=MAX_CONTENT_BYTES)]
+Operation = Annotated[int, Meta(ge=0, le=64)]
 # Of resources, by name. What a machine has, or what each worker takes.
 Amounts = dict[Name, Annotated[float, Meta(ge=0, le=1e18)]]
 
@@ -311,6 +315,16 @@ class Fetch(Message, frozen=True):
     own: bool = False
 
 
+class Answer(Message, frozen=True):
+    """To a Call, each of which has one: see wire/lent.py. The content is in the segment that came before it, if one did.
+    """
+
+    request: Number
+    outcome: Operation
+    number: int = 0
+    content: Content = b""
+
+
 class Bye(Message, frozen=True):
     """The session is over; nothing of it is wanted any more."""
 
@@ -434,6 +448,41 @@ class Found(Message, frozen=True):
     digest: Annotated[bytes, Meta(max_length=64)] = b""
 
 
+class Call(Message, frozen=True):
+    """A process of a worker's, by its pid, operates on something that the driver has lent: see wire/lent.py. It waits
+    so many seconds, for ever if `seconds` is missing. The content is in the segment that came before it, if one did."""
+
+    request: Number
+    process: Number
+    token: Id
+    operation: Operation
+    seconds: Annotated[float, Meta(ge=0)] | None = None
+    start: Number = 0
+    size: Number = 0
+    content: Content = b""
+
+
+class Dropped(Message, frozen=True):
+    """Nobody waits for this call's answer any longer."""
+
+    request: Number
+
+
+class Returned(Message, frozen=True):
+    """The call has taken something away, and the answer reached nobody: here it is back."""
+
+    process: Number
+    token: Id
+    operation: Operation
+    content: Content = b""
+
+
+class Ended(Message, frozen=True):
+    """A process that has made calls has ended."""
+
+    process: Number
+
+
 def digest_of(answer: bytes) -> bytes:
     """By which an answer to Wanted is known on both sides."""
     return hashlib.blake2b(answer, digest_size=16).digest()
@@ -484,9 +533,9 @@ class NotHere(Message, frozen=True):
 ToHead = NodeState | DriverState | Ask | StopCluster | Leaving
 FromHead = Welcome | Refused | Placed | Report | StopCluster
 ToNode = (Open | Resume | Pulse | Demand | Steal | GiveBack | Stop | CloseTasks | Kill | Signal | Forget
-          | ForgetObjects | Fetch | Bye | Found)
+          | ForgetObjects | Fetch | Bye | Found | Answer)
 FromNode = (Opened | Failed | Gone | Resumed | Pulse | Started | Died | Lost | GivenBack | Stolen | Got | Missing
-            | Output | Wanted)
+            | Output | Wanted | Call | Dropped | Returned | Ended)
 ToSource = Pull | Enough
 FromSource = Piece | Patience | NotHere
 
