@@ -15,9 +15,11 @@ from unittest import mock
 from dpool.cluster.driver import client as client_module
 from dpool.cluster.driver import remote as remote_module
 from dpool.cluster.driver.client import Client
+from dpool.cluster.driver.connections import Connections
 from dpool.cluster.driver.dispatch import Dispatch
 from dpool.cluster.driver.luggage import Luggage, Sharing
 from dpool.cluster.driver.remote import ClusterPort
+from dpool.cluster.driver.shipping import Shipping
 from dpool.cluster.driver.spreading import DRIVER, SEND
 from dpool.cluster.head.membership import Membership
 from dpool.cluster.node import agent as agent_module
@@ -26,6 +28,7 @@ from dpool.cluster.node.batches import Batches
 from dpool.cluster.node.exchange import Exchange
 from dpool.cluster.node.ledger import Ledger
 from dpool.cluster.node.objects import ASK, Objects
+from dpool.cluster.node.part import Part
 from dpool.cluster.store.transfer import Arrival
 from dpool.cluster.wire import messages
 from dpool.cluster.wire.events import NODE_LOST
@@ -80,9 +83,8 @@ def _forgets_what_it_sends(original: Callable[..., Any], self: Session, *args: A
 # -- the driver
 
 
-def _turns_without_pause(self: ClusterPort, timeout: float | None) -> float | None:
-    waiting = [node.retry_at for node in self._nodes.values() if node.broken_at is not None]
-    return max(min(waiting) - self._now(), 0.0) if waiting else timeout
+def _turns_without_pause(self: Connections) -> list[float]:
+    return [node.retry_at for node in self._ailing if node.broken_at is not None]
 
 
 def _requeues_reported(self: Dispatch, number: int) -> Any:
@@ -99,9 +101,8 @@ def _forgets_the_rest(original: Callable[..., Any], self: Dispatch, number: int,
     original(self, number, run_ns, executed)
 
 
-def _gives_up_at_once(original: Callable[..., Any], self: ClusterPort, node: Any, dialer: Any, events: Any) -> None:
-    original(self, node, dialer, events)
-    self._lose(node, "broken", events)
+def _gives_up_at_once(original: Callable[..., Any], self: Connections, node: Any, dialer: Any) -> str:
+    return original(self, node, dialer) or "broken"
 
 
 def _loses_without_telling(original: Callable[..., Any], self: ClusterPort, node: Any, why: str, events: Any) -> None:
@@ -149,22 +150,22 @@ def _renews_the_lease(original: Callable[..., Any], self: Agent, peer: bytes, me
         part.gone_at = self._around.now() + agent_module.DRIVER_LEASE_S
 
 
-def _does_not_say_died(original: Callable[..., Any], self: Agent, part: Any, message: Any) -> None:
+def _does_not_say_died(original: Callable[..., Any], self: Part, message: Any) -> None:
     if not isinstance(message, messages.Died):
-        original(self, part, message)
+        original(self, message)
 
 
-def _steals_twice(original: Callable[..., Any], self: Agent, part: Any, workers: Any, batch: int) -> None:
+def _steals_twice(original: Callable[..., Any], self: Part, workers: Any, batch: int) -> None:
     # The descriptors of what stays are its own: those of what is taken back are closed.
     with mock.patch.object(Ledger, "take_back", lambda ledger, number: next(
             ((body, list(map(os.dup, descriptors))) for one, _, (body, descriptors) in ledger.waiting
              if one == number), None)):
-        original(self, part, workers, batch)
+        original(self, workers, batch)
 
 
-def _hands_over_once(original: Callable[..., Any], self: Agent, part: Any, descriptor: int) -> None:
-    with mock.patch.object(Agent, "_hand_over", _nothing):
-        original(self, part, descriptor)
+def _hands_over_once(original: Callable[..., Any], self: Part, workers: Any) -> None:
+    with mock.patch.object(Part, "hand_over", _nothing):
+        original(self, workers)
 
 
 # -- the head
@@ -203,12 +204,12 @@ MUTANTS: dict[str, Mutant] = {
     "session: what is sent is not kept": _around(Session, "wrap", _forgets_what_it_sends),
     "session: nothing is acknowledged by count": Mutant(Session, "acknowledged", _nothing),
     "driver: a lost node's tasks are forgotten": _around(ClusterPort, "_lose", _loses_without_telling),
-    "driver: a broken connection is a lost node": _around(ClusterPort, "_on_broken", _gives_up_at_once, BRIEF),
+    "driver: a broken connection is a lost node": _around(Connections, "broken", _gives_up_at_once, BRIEF),
     "driver: a lost node is not dismissed": Mutant(Client, "dismiss", _nothing),
     "driver: silence is never noticed": Mutant(client_module, "SILENT_AFTER_S", 1e9),
     "driver: a lost node is avoided for ever": Mutant(remote_module, "AVOID_S", 1e9),
-    "driver: a connection that only the node has seen end is kept": Mutant(ClusterPort, "_on_linked", _nothing, BRIEF),
-    "driver: waiting for a connection is no waiting": Mutant(ClusterPort, "_until_due", _turns_without_pause),
+    "driver: a connection that only the node has seen end is kept": Mutant(Connections, "linked", _nothing, BRIEF),
+    "driver: waiting for a connection is no waiting": Mutant(Connections, "deadlines", _turns_without_pause),
     "driver: its own stop is the silence of others": Mutant(client_module, "STOPPED_AFTER_S", 1e9, BRIEF),
     "driver: placements are not followed": Mutant(ClusterPort, "_on_placed", _nothing),
     "dispatch: reported tasks of a lost node run again": Mutant(Dispatch, "node_lost", _requeues_reported),
@@ -224,13 +225,13 @@ MUTANTS: dict[str, Mutant] = {
                                          or []),
     "node: one look is enough to take a batch for lost": _around(Ledger, "lost", _looks_once, DEATHS),
     "node: what is in the socket is lost": Mutant(Ledger, "lost", _loses_what_waits),
-    "node: deaths are not told": _around(Agent, "_post", _does_not_say_died),
+    "node: deaths are not told": _around(Part, "post", _does_not_say_died),
     "node: does not send again": _around(Agent, "_on_connection", _does_not_resend),
     "node: parts of the gone are kept": Mutant(Agent, "_look_around", _keeps_parts),
     "node: the driver's lease is too short": Mutant(agent_module, "DRIVER_LEASE_S", 3.0, BRIEF),
     "node: the last pulse of the dead renews their lease": _around(Agent, "_on_connection", _renews_the_lease, DEATHS),
-    "node: what is taken back runs as well": _around(Agent, "_steal", _steals_twice),
-    "node: what waits is not handed over": _around(Agent, "_on_part", _hands_over_once),
+    "node: what is taken back runs as well": _around(Part, "_steal", _steals_twice),
+    "node: what waits is not handed over": _around(Part, "_on_workers", _hands_over_once),
     "node: who is gone is waited for as long as who is silent": Mutant(agent_module, "BROKEN_AFTER_S", 1e9, DEATHS),
     "driver: does not say that it is a task": _around(
         Client, "__init__", lambda original, self, *args: original(self, *args[:3])),
@@ -245,7 +246,7 @@ MUTANTS: dict[str, Mutant] = {
         Exchange, "_leave", staticmethod(_nothing)),
     "objects: those of a part that has ended stay": Mutant(Objects, "part_ended", lambda *_: []),
     "objects: a driver does not send what is missing": Mutant(Luggage, "missing", _nothing),
-    "objects: there is never room for more": Mutant(ClusterPort, "_send_later", _nothing),
+    "objects: there is never room for more": Mutant(Shipping, "look_again", _nothing),
     "objects: each session brings its own": _around(Sharing, "want", _each_session_for_itself, CALM),
     "head: nobody is ever gone": Mutant(Membership, "tick", _places_on_the_gone),
     "head: placements are said once": _around(Membership, "_place", _says_placements_once, BRIEF),
