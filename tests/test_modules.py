@@ -295,6 +295,12 @@ def test_an_extension_module_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 # -- the node's books
 
 
+def ask(questions: Questions, asked: socket.socket) -> Wanted | None:
+    """Have it see the next question."""
+    data, [asker], _, _ = socket.recv_fds(asked, 1 << 16, 1)
+    return questions.ask(data, asker)
+
+
 class Asker:
     """A worker that asks."""
 
@@ -329,27 +335,27 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 def test_those_who_ask_the_same_are_told_together_and_later_ones_at_once(ends: tuple[socket.socket, socket.socket]
                                                                          ) -> None:
     asked, asks = ends
-    questions = Questions(asked, Library())
+    questions = Questions(Library())
     first, second = Asker(asks, "mine"), Asker(asks, "mine")
-    wanted = questions.ask()
+    wanted = ask(questions, asked)
     assert wanted is not None and wanted.name == "mine" and not wanted.whole
-    assert questions.ask() is None
+    assert ask(questions, asked) is None
     assert questions.found(Found(wanted.request, True, digest_of(b"text")), [segment(b"text")]) is None
     assert (first.told(), second.told()) == (b"text", b"text")
     third = Asker(asks, "mine")
-    assert questions.ask() is None
+    assert ask(questions, asked) is None
     assert third.told() == b"text"
 
 
 def test_what_is_nowhere_is_asked_for_once(ends: tuple[socket.socket, socket.socket]) -> None:
     asked, asks = ends
-    questions = Questions(asked, Library())
+    questions = Questions(Library())
     first = Asker(asks, "mine")
-    wanted = questions.ask()
+    wanted = ask(questions, asked)
     assert wanted is not None
     questions.found(Found(wanted.request, False), [])
     second = Asker(asks, "mine")
-    assert questions.ask() is None
+    assert ask(questions, asked) is None
     assert (first.told(), second.told()) == (None, None)
 
 
@@ -360,9 +366,9 @@ def test_an_answer_that_is_not_here_any_more_is_asked_for_again(ends: tuple[sock
     monkeypatch.setattr(modules, "MAX_KEPT", 1)
     library.keep(b"first")
     library.keep(b"second")
-    questions = Questions(asked, library)
+    questions = Questions(library)
     one, other = Asker(asks, "first"), Asker(asks, "second")
-    wanted, also = questions.ask(), questions.ask()
+    wanted, also = ask(questions, asked), ask(questions, asked)
     assert wanted is not None and also is not None
     again = questions.found(Found(wanted.request, True, digest_of(b"first")), [])
     assert again == Wanted(wanted.request, "first", whole=True)
@@ -373,9 +379,9 @@ def test_an_answer_that_is_not_here_any_more_is_asked_for_again(ends: tuple[sock
 
 def test_who_waits_at_the_end_is_told_that_there_is_nothing(ends: tuple[socket.socket, socket.socket]) -> None:
     asked, asks = ends
-    questions = Questions(asked, Library())
+    questions = Questions(Library())
     asker = Asker(asks, "mine")
-    assert questions.ask() is not None
+    assert ask(questions, asked) is not None
     questions.close()
     assert asker.told() is None
     assert questions.found(Found(99, True, b"x"), [segment(b"late")]) is None

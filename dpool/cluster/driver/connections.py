@@ -45,6 +45,10 @@ class Connections:
         """Make the current or next wait() return."""
         self._waker.wake()
 
+    def watch(self, descriptor: int) -> None:
+        """Have wait() return when this is readable, too."""
+        self._waker.add([descriptor])
+
     def wait(self, timeout: float | None) -> None:
         """Until something comes, wake() is called, or `timeout` seconds have passed."""
         for descriptor in self._waker.wait(timeout):

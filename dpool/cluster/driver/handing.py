@@ -1,8 +1,8 @@
 """The pickle of a group's initializer and its arguments, with what cannot leave this machine lent instead of sent.
 
-Knows what multiprocessing's classes are made of: semaphores, connections, memory. Those go as tokens of lending.py's and
-are rebuilt in workers by wire/borrowed.py; all else of those classes is pickled by themselves, as for a process that is
-being started. Called by driver/remote.py, when a group is opened.
+Knows what multiprocessing's classes are made of: semaphores, connections, memory. Those go as tokens of lending.py's
+and are rebuilt in workers by wire/borrowed.py; all else of those classes is pickled by themselves, as for a process
+that is being started. Called by driver/remote.py, when a group is opened.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def pickled(function: Callable[..., object], arguments: tuple[Any, ...], lending
         except CannotBeLent:
             raise
         except Exception:
-            if first is not None:
-                raise first from None
+            if first is not None and not lending.lends:
+                raise first from None  # as if nobody had tried to lend anything
             raise
     return out.getvalue()
 

@@ -18,8 +18,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable
 
 from dpool.cluster.driver.things import Connection, Memory, Outcome, Relay, Semaphore, connected
 from dpool.cluster.wire import lent
@@ -105,6 +104,11 @@ class Lending:
         return token
 
     @property
+    def lends(self) -> bool:
+        """Whether anything is lent."""
+        return bool(self._things)
+
+    @property
     def deadline(self) -> float | None:
         """When turn() has something to do."""
         while self._deadlines and self._deadlines[0][2].answered:
@@ -160,8 +164,8 @@ class Lending:
         for caller in callers:
             self._end(caller)
 
-    def turn(self, ready: Collection[int]) -> None:
-        """See to what has become possible, with these descriptors readable, and to what has waited long enough."""
+    def turn(self) -> None:
+        """See to what has become possible, and to what has waited long enough."""
         while self._got:
             thing, line = self._got.popleft()
             if line.waiting:
@@ -169,7 +173,7 @@ class Lending:
                 self._done(one, (lent.DONE, 0, b""))
             else:
                 thing.give()  # who waited has gone meanwhile
-        if self._poll is not None and self._poll.fileno() in ready:
+        if self._poll is not None:
             for descriptor, _ in self._poll.poll(0):
                 found = self._of_descriptor.get(descriptor)
                 if isinstance(found, Connection):
@@ -469,6 +473,7 @@ class Lending:
         seconds = lent.FOR_EVER if call.seconds is None else call.seconds
         try:
             one.socket = begin(call.operation, seconds, call.start, call.size, call.content)
+            one.socket.setblocking(False)
         except (OSError, lent.Gone):
             self._done(one, (lent.UNKNOWN, 0, b""))
             return
@@ -479,6 +484,8 @@ class Lending:
         assert one.socket is not None
         try:
             outcome = lent.answer(one.socket)
+        except BlockingIOError:
+            return
         except (OSError, lent.Gone):
             outcome = lent.UNKNOWN, 0, b""
         self._forget(one.socket.fileno())

@@ -15,20 +15,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing import process as mp_process
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from dpool.cluster.driver import connections
+from dpool.cluster.driver import connections, handing
 from dpool.cluster.driver.client import Client, Standing
 from dpool.cluster.driver.connections import Connections
+from dpool.cluster.driver.lending import Lending
 from dpool.cluster.driver.luggage import Pieces, Unsent, control, segment
 from dpool.cluster.driver.modules import answer
 from dpool.cluster.driver.nodes import Node, RemoteProcess
 from dpool.cluster.driver.shipping import Shipping
 from dpool.cluster.store import segments
 from dpool.cluster.store.transfer import BadPiece, pieces
-from dpool.cluster.wire import frames, messages, pickling, sessions
+from dpool.cluster.wire import frames, lent, messages, sessions
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.events import CHANGED, DEATH, HOPELESS, LOST, MESSAGE, NODE_LOST, STOLEN
 from dpool.engine import GroupSpec
@@ -51,6 +52,7 @@ UNEVEN_AGAIN_S = 0.5
 
 _SLOT_AT = 2  # where frames.RESULTS has the slot
 _SLOT = struct.Struct("<H")
+Carrying = TypeVar("Carrying", messages.Call, messages.Returned)
 
 
 class _Every(dict[int, int]):
@@ -100,24 +102,22 @@ class ClusterPort:
         self._empty_since: float | None = None
         self._level_at: float | None = None  # when to have batches given back, if they are dealt unevenly still
         self._open_until = 0.0
+        self._lending = Lending(self._answer_call, self.wake, self._connections.watch, self._now, lent.up())
         self._initializer = self._pack_initializer(spec)
         self._prefix = _name_prefix(spec)
         # A door that has not been told how many workers takes what the cluster has.
         self._standing = Standing(self.group, 0 if spec.all_cpus else spec.processes, spec.resources, self._on_placed)
 
-    @staticmethod
-    def _pack_initializer(spec: GroupSpec) -> int:
+    def _pack_initializer(self, spec: GroupSpec) -> int:
         """A segment with the pickle of the initializer and its arguments, -1 if there is none. Raises what pickling
         them raises."""
         if spec.initializer is None:
             return -1
         try:
-            data = pickling.dumps((spec.initializer, spec.initargs), by_value=True, elsewhere=True)
-        except RuntimeError as error:
-            error.add_note("The workers of a cluster are on other machines: locks, queues and shared memory of "
-                           "multiprocessing cannot be shared with them. Those of a multiprocessing.Manager() can be.")
+            return segments.write([handing.pickled(spec.initializer, spec.initargs, self._lending)])[0]
+        except BaseException:
+            self._lending.close()
             raise
-        return segments.write([data])[0]
 
     # -- opening
 
@@ -314,6 +314,8 @@ class ClusterPort:
             waiting.append(self._level_at)
         if self._avoid:
             waiting.append(min(self._avoid.values()))
+        if (due := self._lending.deadline) is not None:
+            waiting.append(due)
         if not waiting:
             return timeout
         left = max(min(waiting) - self._now(), 0.0)
@@ -365,7 +367,7 @@ class ClusterPort:
             size, start = sessions.CHUNK_HEADER.unpack(body)
             node.arrivals.add(size, start, received[1])
         elif kind == sessions.CONTROL:
-            self._on_control(node, messages.from_node.decode(body), events)
+            self._on_control(node, messages.from_node.decode(body), count, events)
 
     def _on_connection_message(self, node: Node, message: messages.Message,
                                events: list[tuple[int, Any, list[int]]]) -> None:
@@ -374,7 +376,8 @@ class ClusterPort:
         elif isinstance(message, messages.Gone):
             self._lose(node, "it knows nothing of this group any more", events)
 
-    def _on_control(self, node: Node, message: messages.Message, events: list[tuple[int, Any, list[int]]]) -> None:
+    def _on_control(self, node: Node, message: messages.Message, count: int,
+                    events: list[tuple[int, Any, list[int]]]) -> None:
         if isinstance(message, messages.Opened):
             node.opened = True
             self._add_workers(node, message.workers)
@@ -410,6 +413,14 @@ class ClusterPort:
                 events.append((HOPELESS, error, []))
         elif isinstance(message, messages.Wanted):
             self._answer(node, message)
+        elif isinstance(message, messages.Call):
+            self._lending.call(node.key, self._with_content(node, message, count))
+        elif isinstance(message, messages.Returned):
+            self._lending.returned(node.key, self._with_content(node, message, count))
+        elif isinstance(message, messages.Dropped):
+            self._lending.dropped(node.key, message.request)
+        elif isinstance(message, messages.Ended):
+            self._lending.ended(node.key, message.process)
 
     def _answer(self, node: Node, message: messages.Wanted) -> None:
         found = answer(message.name, self._fetch)
@@ -420,13 +431,27 @@ class ClusterPort:
         if (node.id, digest) in self.client.told and not message.whole:
             self._post(node, messages.Found(message.request, True, digest))
             return
-        descriptor, _ = segments.write([found])
-        try:
-            carried = pieces(descriptor, [(0, len(found))])
-        finally:
-            os.close(descriptor)
-        self._post(node, messages.Found(message.request, True, digest), [carried])
+        self._post(node, messages.Found(message.request, True, digest), [_carried(found)])
         self.client.told.add((node.id, digest))
+
+    def _answer_call(self, session: bytes, request: int, outcome: int, number: int, content: bytes) -> None:
+        """What came of a call to what is lent. A node that is lost has no use for it."""
+        node = self._nodes.get(session)
+        if node is None:
+            return
+        if len(content) <= lent.INLINE_BYTES:
+            self._post(node, messages.Answer(request, outcome, number, content))
+        else:
+            self._post(node, messages.Answer(request, outcome, number), [_carried(content)])
+
+    @staticmethod
+    def _with_content(node: Node, message: Carrying, count: int) -> Carrying:
+        """A message with what came before it."""
+        for descriptor in node.arrivals.take(count):
+            with open(descriptor, "rb") as file:
+                file.seek(0)
+                message = msgspec.structs.replace(message, content=file.read())
+        return message
 
     def _add_workers(self, node: Node, slots: list[messages.Slot]) -> None:
         for slot in slots:
@@ -459,6 +484,7 @@ class ClusterPort:
         for node, why in self._connections.tend(now):
             self._lose(node, why, events)
         self._level(now)
+        self._lending.turn()
         if self._avoid and now >= min(self._avoid.values()):
             self._tell_head()  # that the node may serve again
         if self._empty_since is not None and now >= self._empty_since + REPLACE_WITHIN_S:
@@ -507,6 +533,7 @@ class ClusterPort:
         self._any.set()
         del self._nodes[node.key]
         batches = self._shipping.lose(node)
+        self._lending.lost(node.key)
         self._connections.lose(node)
         node.arrivals.close()
         for process in node.living.values():
@@ -539,6 +566,7 @@ class ClusterPort:
             return
         self._closed = True
         self.client.remove(self._standing)
+        self._lending.close()
         for node in self._nodes.values():
             self._connections.leave(node)
             node.arrivals.close()
@@ -554,6 +582,15 @@ def _name_prefix(spec: GroupSpec) -> str:
     """What stands for "Process" in the names of workers: with the prefix that the context's own class has."""
     name = getattr(getattr(spec.context, "Process", None), "__name__", "Process")
     return name.replace("Process", spec.worker_name)
+
+
+def _carried(content: bytes) -> Pieces:
+    """A segment with this content, cut into pieces."""
+    descriptor, _ = segments.write([content])
+    try:
+        return pieces(descriptor, [(0, len(content))])
+    finally:
+        os.close(descriptor)
 
 
 def _print(stream: int, data: bytes) -> None:

@@ -90,8 +90,11 @@ class Calls:
     def on_ready(self, descriptor: int) -> bool:
         """A descriptor that is watched is readable. False if it is none of these."""
         if descriptor in self._pids:
-            self._on_end(descriptor)
+            if _is_readable(descriptor):  # else it is another that has got the number since
+                self._on_end(descriptor)
         elif descriptor in self._watched:
+            if not _is_readable(descriptor):
+                return True
             request = self._watched[descriptor]
             self._give_up(request)
             self._send(Dropped(request), -1)

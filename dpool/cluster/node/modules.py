@@ -42,26 +42,19 @@ class Library:
 
 
 class Questions:
-    """The questions of one group's workers: `asked` is the socket that they come from. Each is passed on once, whoever
-    asks it again meanwhile or later."""
+    """The questions of one group's workers. Each is passed on once, whoever asks it again meanwhile or later."""
 
-    def __init__(self, asked: socket.socket, library: Library) -> None:
-        self._asked = asked
+    def __init__(self, library: Library) -> None:
         self._library = library
         self.home: bytes | None = None  # the answer to the question that is the node's own. Secret
         self._numbers: dict[int, str] = {}  # of what was passed on -> the question
         self._waiting: dict[str, list[int]] = {}  # question -> the sockets of those who ask
         self._known: dict[str, bytes | None] = {}  # question -> the digest of the answer, None if there is none
 
-    def ask(self) -> Wanted | None:
-        """A worker has asked. Answers it, or returns what is to be sent to the driver."""
-        try:
-            data, descriptors, _, _ = socket.recv_fds(self._asked, MAX_QUESTION_BYTES, 1)
-        except OSError:
-            return None
-        if len(descriptors) != 1:
-            return None
-        question, asker = data.decode("utf-8", "replace"), descriptors[0]
+    def ask(self, data: bytes, asker: int) -> Wanted | None:
+        """A worker has asked: what it has sent, and the socket that it waits on. Answers it, or returns what is to be
+        sent to the driver."""
+        question = data[:MAX_QUESTION_BYTES].decode("utf-8", "replace")
         if question == QUESTION:
             _tell(asker, self.home)
             return None

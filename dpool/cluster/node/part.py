@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from dpool.cluster.node.batches import Batches
+from dpool.cluster.node.calls import Calls
 from dpool.cluster.node.exchange import Exchange
 from dpool.cluster.node.modules import Library, Questions
 from dpool.cluster.node.output import Output
 from dpool.cluster.node.workers import Workers
 from dpool.cluster.store import segments
 from dpool.cluster.store.transfer import Arrivals, pieces
-from dpool.cluster.wire import frames, messages, sessions
+from dpool.cluster.wire import frames, lent, messages, sessions
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.events import MESSAGE
 from dpool.resources import Lacking
@@ -80,7 +81,8 @@ class Part:
         self.workers: Workers | None = None
         self.initializer = -1
         self.asks = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.questions = Questions(self.asks[0], host.library)
+        self.questions = Questions(host.library)
+        self.calls = Calls(self._post_call, lambda one: host.watch(self, (one,)), lambda one: host.unwatch((one,)))
         self.ending = False
         self._paused = False  # no more output is read
         self._stops: set[tuple[int, int]] = set()  # tasks to be stopped: batch, index
@@ -175,6 +177,8 @@ class Part:
             wanted = self.questions.found(message, self.arrivals.take(arrived))
             if wanted is not None:
                 self.post(wanted)
+        elif isinstance(message, messages.Answer):
+            self.calls.on_answer(message, self.arrivals.take(arrived))
 
     def _open(self, message: messages.Open, arrived: int) -> None:
         descriptors = self.arrivals.take(arrived)
@@ -247,11 +251,26 @@ class Part:
         if descriptor == workers.descriptor:
             self._on_workers(workers)
         elif descriptor == self.asks[0].fileno():
-            wanted = self.questions.ask()
-            if wanted is not None:
-                self.post(wanted)
-        else:
+            self._on_asks()
+        elif not self.calls.on_ready(descriptor):
             self._on_output(descriptor)
+
+    def _on_asks(self) -> None:
+        """A worker, or a process that a task has forked, asks for a module or calls for what the driver has lent."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.asks[0], lent.MESSAGE_BYTES, 2)
+        except OSError:
+            return
+        if not descriptors:
+            return
+        if data.startswith(lent.CALL):
+            self.calls.on_call(data, descriptors)
+            return
+        for more in descriptors[1:]:
+            os.close(more)
+        wanted = self.questions.ask(data, descriptors[0])
+        if wanted is not None:
+            self.post(wanted)
 
     def _on_workers(self, workers: Workers) -> None:
         for _ in range(_BURST):
@@ -316,6 +335,13 @@ class Part:
         """Tell the driver something."""
         self._host.send(self, self.session.wrap(sessions.CONTROL, (messages.encode(message),)))
 
+    def _post_call(self, message: messages.Message, content: int) -> None:
+        """The same with the content of a call, if there is one."""
+        if content >= 0:
+            self._post_segment(content, None)
+        self._host.send(self, self.session.wrap(sessions.CONTROL, (messages.encode(message),),
+                                                segments=int(content >= 0)))
+
     def _post_segment(self, descriptor: int, places: list[tuple[int, int]] | None) -> None:
         for size, start, piece in pieces(descriptor, places):
             self._host.send(self, self.session.wrap(sessions.CHUNK, (sessions.CHUNK_HEADER.pack(size, start),),
@@ -336,6 +362,7 @@ class Part:
         if self.initializer >= 0:
             os.close(self.initializer)
         self.questions.close()
+        self.calls.close()
         for end in self.asks:
             end.close()
 

@@ -1,8 +1,9 @@
 """What workers have of a thing that their driver has lent: what stands behind multiprocessing's own classes there.
 
-A lock is multiprocessing's Lock with a semaphore of ours behind it, a queue its Queue with connections of ours, an array
-its SynchronizedArray with memory of ours: whatever those classes do, they do. Unpickled in workers; driver/handing.py
-writes the pickles. Each operation is a call to the driver (lent.py), and nothing is kept here but who owns a lock.
+A lock is multiprocessing's Lock with a semaphore of ours behind it, a queue its Queue with connections of ours, an
+array its SynchronizedArray with memory of ours: whatever those classes do, they do. Unpickled in workers;
+driver/handing.py writes the pickles. Each operation is a call to the driver (lent.py), and nothing is kept here but who
+owns a lock.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class SemLock(Borrowed):
         self.release()
 
 
-def rebuild_lock(cls: type, token: bytes, kind: int, maxvalue: int) -> Any:
+def rebuild_lock(cls: Any, token: bytes, kind: int, maxvalue: int) -> Any:
     """A Lock, RLock, Semaphore or BoundedSemaphore of multiprocessing."""
     lock: Any = cls.__new__(cls)
     lock._semlock = SemLock(token, kind, maxvalue)
@@ -342,13 +343,14 @@ def rebuild_synchronized(of: Any, length: int | None, memory: Memory, lock: Any)
 
     obj = behind(memory, 0, of if length is None else of * length)
     if isinstance(obj, Value):
-        return sharedctypes.Synchronized(obj, lock)  # type: ignore[type-var]
+        return sharedctypes.Synchronized(obj, lock)
     if isinstance(obj, Array):
         return (sharedctypes.SynchronizedString if of is ctypes.c_char else sharedctypes.SynchronizedArray)(
-            obj, lock)  # type: ignore[arg-type]
+            obj, lock)
     names = [field[0] for base in reversed(of.__mro__) for field in base.__dict__.get("_fields_", ())]
     make: Any = sharedctypes.make_property  # type: ignore[attr-defined]
-    cls: Any = type("Synchronized" + of.__name__, (sharedctypes.SynchronizedBase,), {name: make(name) for name in names})
+    fields = {name: make(name) for name in names}
+    cls: Any = type("Synchronized" + of.__name__, (sharedctypes.SynchronizedBase,), fields)
     return cls(obj, lock)
 
 
@@ -369,8 +371,8 @@ def connects(client: Callable[..., Any]) -> Callable[..., Any]:
                 raise
         if authkey is not None:
             try:
-                connection.answer_challenge(tunnel, authkey)  # type: ignore[attr-defined]
-                connection.deliver_challenge(tunnel, authkey)  # type: ignore[attr-defined]
+                connection.answer_challenge(tunnel, authkey)
+                connection.deliver_challenge(tunnel, authkey)
             except BaseException:
                 tunnel.close()
                 raise
@@ -391,4 +393,4 @@ def install(asks: socket.socket) -> None:
     """Make this process, a worker, one that can operate what is lent to it."""
     lent.install(asks)
     client: Any = connection.Client
-    connection.Client = connects(client)  # type: ignore[assignment,misc]
+    connection.Client = connects(client)

@@ -18,6 +18,7 @@ from dpool.errors import ClusterError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 # Operations. Of semaphores:
@@ -132,9 +133,9 @@ class Channel:
                 raise
             except BaseException:
                 # The handler of a signal has raised.
-                content = withdraw(ours)
-                if content is not None:
-                    undo(self, token, operation, content)
+                taken = withdraw(ours)
+                if taken is not None:
+                    undo(self, token, operation, taken)
                 raise
 
 
@@ -186,6 +187,11 @@ def install(asks: socket.socket) -> None:
     """From now on this process, a worker, can operate what is lent to it."""
     global _channel
     _channel = Channel(asks)
+
+
+def up() -> Callable[..., socket.socket] | None:
+    """Makes calls to the driver of this process, if it is a worker."""
+    return None if _channel is None else _channel.begin
 
 
 def channel() -> Channel:

@@ -13,21 +13,21 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from dpool.cluster.wire.lent import INLINE_BYTES
+
 # Raised with every change that an older peer would misunderstand: peers of another number refuse each other.
 PROTOCOL = 4
 # What a control message may measure at most. Tasks, results and objects are not control messages.
 MAX_CONTROL_BYTES = 1 << 20
 # What a worker may ask its driver: the name of a module, or of a package and a path in it.
 MAX_QUESTION_BYTES = 4096
-# What goes along in a call to what is lent, or in its answer; more comes before it, as a segment.
-MAX_CONTENT_BYTES = 64 * 1024
 
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=65536)]
 Count = Annotated[int, Meta(ge=0, le=1 << 20)]
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Content = Annotated[bytes, Meta(max_length=MAX_CONTENT_BYTES)]
+Content = Annotated[bytes, Meta(max_length=INLINE_BYTES)]
 Operation = Annotated[int, Meta(ge=0, le=64)]
 # Of resources, by name. What a machine has, or what each worker takes.
 Amounts = dict[Name, Annotated[float, Meta(ge=0, le=1e18)]]
@@ -316,8 +316,8 @@ class Fetch(Message, frozen=True):
 
 
 class Answer(Message, frozen=True):
-    """To a Call, each of which has one: see wire/lent.py. The content is in the segment that came before it, if one did.
-    """
+    """To a Call, each of which has one: see wire/lent.py. The content is in the segment that came before it, if one
+    did."""
 
     request: Number
     outcome: Operation

@@ -23,11 +23,13 @@ ANSWER_TIMEOUT_S = 30.0
 _finder: Finder | None = None
 
 
-def install(descriptor: int) -> None:
+def install(descriptor: int) -> socket.socket:
     """From now on `import` also asks over this socket."""
     global _finder
-    _finder = Finder(socket.socket(fileno=descriptor))
+    asks = socket.socket(fileno=descriptor)
+    _finder = Finder(asks)
     sys.meta_path.append(_finder)
+    return asks
 
 
 def finder() -> Finder | None:

@@ -34,6 +34,7 @@ def main(descriptor: int) -> None:
 
     import cloudpickle  # noqa: F401
 
+    import dpool.cluster.wire.borrowed
     import dpool.cluster.worker.main
     import dpool.cluster.worker.modules  # noqa: F401
 
@@ -128,6 +129,7 @@ def _run_worker(request: dict[str, Any], given: dict[str, int]) -> int:
     import random
     from multiprocessing import process
 
+    from dpool.cluster.wire import borrowed
     from dpool.cluster.wire.handles import Handle
     from dpool.cluster.worker import modules
     from dpool.cluster.worker.claims import Claims
@@ -145,7 +147,7 @@ def _run_worker(request: dict[str, Any], given: dict[str, int]) -> int:
     setup = Setup(Handle(given["tasks"]), Handle(given["results"]), Handle(given["lifeline"]), Handle(given["page"]),
                   request["slots"], request["slot"], Claims(given["claims"]), request["max_tasks"],
                   Initializer(None, ()), request["environment"])
-    modules.install(given["asks"])
+    borrowed.install(modules.install(given["asks"]))
     if request["replaces"]:
         from dpool import replacing
 
