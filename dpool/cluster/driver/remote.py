@@ -439,7 +439,7 @@ class ClusterPort:
         node = self._nodes.get(session)
         if node is None:
             return
-        if len(content) <= lent.INLINE_BYTES:
+        if len(content) <= frames.INLINE_CALL_BYTES:
             self._post(node, messages.Answer(request, outcome, number, content))
         else:
             self._post(node, messages.Answer(request, outcome, number), [_carried(content)])

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # Smaller: more messages fit into the socket buffer, whose default is 208 KiB for all in flight.
 INLINE_MAX_BYTES = 64 * 1024
 
+# The same for calls to what is lent (lent.py), and their answers, on the socket of a worker and between machines.
+INLINE_CALL_BYTES = 32 * 1024
+
 # What both ends allocate to receive into: an inline body, an inline function, and the headers.
 RECEIVE_BYTES = 4 * INLINE_MAX_BYTES
 

@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 
+from dpool.cluster.wire.frames import INLINE_CALL_BYTES
 from dpool.errors import ClusterError
 
 TYPE_CHECKING = False
@@ -51,10 +52,8 @@ CALL = b"\0\1"
 HEADER = struct.Struct("<2s16sBdQQ")
 # Its answer: outcome, number. Its content likewise.
 ANSWER = struct.Struct("<Bq")
-# Content up to here goes along. Larger: more is copied into and out of sockets. Smaller: more has a memfd made.
-INLINE_BYTES = 32 * 1024
 # What a socket must be read with.
-MESSAGE_BYTES = HEADER.size + INLINE_BYTES
+MESSAGE_BYTES = HEADER.size + INLINE_CALL_BYTES
 
 
 class Gone(ClusterError):
@@ -63,7 +62,7 @@ class Gone(ClusterError):
 
 def pack(content: bytes | memoryview) -> tuple[bytes | memoryview, int]:
     """(what goes along, the memfd with all of it, -1 if it goes along). The caller closes that."""
-    if len(content) <= INLINE_BYTES:
+    if len(content) <= INLINE_CALL_BYTES:
         return content, -1
     descriptor = os.memfd_create("dpool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -165,7 +164,7 @@ def answer(ours: socket.socket) -> tuple[int, int, bytes]:
     """The answer to a call: (outcome, number, content). Raises Gone if none will come."""
     data: Any
     try:
-        data, descriptors, _, _ = socket.recv_fds(ours, ANSWER.size + INLINE_BYTES, 1)
+        data, descriptors, _, _ = socket.recv_fds(ours, ANSWER.size + INLINE_CALL_BYTES, 1)
     except ConnectionError as error:
         raise Gone(str(error)) from None
     if not data:

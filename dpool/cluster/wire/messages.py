@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from dpool.cluster.wire.lent import INLINE_BYTES
+from dpool.cluster.wire.frames import INLINE_CALL_BYTES
 
 # Raised with every change that an older peer would misunderstand: peers of another number refuse each other.
 PROTOCOL = 4
@@ -27,7 +27,7 @@ Name = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=65536)]
 Count = Annotated[int, Meta(ge=0, le=1 << 20)]
 Number = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Content = Annotated[bytes, Meta(max_length=INLINE_BYTES)]
+Content = Annotated[bytes, Meta(max_length=INLINE_CALL_BYTES)]
 Operation = Annotated[int, Meta(ge=0, le=64)]
 # Of resources, by name. What a machine has, or what each worker takes.
 Amounts = dict[Name, Annotated[float, Meta(ge=0, le=1e18)]]
