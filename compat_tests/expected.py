@@ -38,16 +38,7 @@ _FINISHED = (
     "gives up the calls that wait; dpool replaces that worker and finishes them"
 )
 
-_MANAGER = "a Manager listens on a Unix socket of its machine, by default, and its proxy is sent to another machine"
-
-_ONE_MACHINE = "a Queue of multiprocessing is an argument of the initializer; it exists on one machine only"
-
 DIFFERENCES: tuple[Difference, ...] = (
-    Difference("pool/TestInitializers.test_pool_initializer", _MANAGER, engine="hosts"),
-    Difference("executor/ProcessPoolExecutorTest.test_ressources_gced_in_workers", _MANAGER, engine="hosts",
-               runs=False),
-    Difference("executor/FailingInitializerTest.test_initializer", _ONE_MACHINE, engine="cluster"),
-    Difference("executor/FailingInitializerResourcesTest.*", _ONE_MACHINE, engine="cluster"),
     Difference(
         "pool/TestPoolNotLeakOnFailure.test_release_unused_processes",
         "white-box: makes the start of a process of this program fail; the workers are started by the nodes",

@@ -111,7 +111,7 @@ def _run_all(chosen: list[Client], options: argparse.Namespace) -> int:
         ran += 1
         for row in run(client, options.method, options.limit):
             seconds = "".join(f" {value:9.2f}" for value in row.seconds)
-            same = "NO" if row.problem else "yes" if row.seconds else "(cannot)"
+            same = "NO" if row.problem else "yes"
             print(f"{client.name:12} {client.version:10.10} {row.workload:24} {same:12}{seconds}", flush=True)
             if row.problem:
                 problems += 1

@@ -6,14 +6,13 @@ import numpy as np
 from gensim.corpora import Dictionary
 from gensim.models.ldamulticore import LdaMulticore
 
-from compat_tests.clients.doors import Doors, foreign, of_one_machine
+from compat_tests.clients.doors import Doors, foreign
 
 _TEXTS = [text.split() for text in ("human machine interface", "survey user computer system response time",
                                     "system human system trees", "user response time graph", "trees graph minors",
                                     "graph minors survey", "interface user trees", "machine time minors")] * 5
 
 
-@of_one_machine("queues of multiprocessing are arguments of the initializer")
 @foreign
 def topics(doors: Doors) -> Any:
     dictionary = Dictionary(_TEXTS)

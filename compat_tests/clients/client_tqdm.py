@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.concurrent import ensure_lock, process_map
 
-from compat_tests.clients.doors import WORKERS, Doors, of_one_machine, worked, workload
+from compat_tests.clients.doors import WORKERS, Doors, worked, workload
 
 
 def square(x: int) -> int:
@@ -43,10 +43,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
         super().close()
 
 
-_LOCK = "a lock of multiprocessing is an argument of the initializer"
 
-
-@of_one_machine(_LOCK)
 @workload
 def process_maps(doors: Doors) -> Any:
     Bar.ends.clear()
@@ -66,7 +63,6 @@ def bars_around_imap(doors: Doors) -> Any:
     return ordered, unordered, list(Bar.ends)
 
 
-@of_one_machine(_LOCK)
 @workload
 def bars_in_workers(doors: Doors) -> Any:
     with ensure_lock(tqdm), doors.Pool(initializer=tqdm.set_lock, initargs=(RLock(),)) as pool:

@@ -46,15 +46,6 @@ def foreign(function: Workload) -> Workload:
     return function
 
 
-def of_one_machine(reason: str) -> Callable[[Workload], Workload]:
-    """Mark a workload as one that a cluster cannot run, and say why. There it must fail, with an error."""
-    def mark(function: Workload) -> Workload:
-        function.of_one_machine = reason  # type: ignore[attr-defined]
-        return function
-
-    return mark
-
-
 def worked() -> None:
     """Called by functions that should run in workers, so that a client that calls them at home is noticed."""
     os.write(_tally(os.environ[TALLY]), _here())

@@ -11,7 +11,7 @@ import ctypes
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import connection, context, resource_sharer
+from multiprocessing import connection, context, heap, resource_sharer, shared_memory, sharedctypes, synchronize
 from typing import Any
 
 from dpool.cluster.driver.lending import Lending
@@ -102,8 +102,6 @@ def _lending_pickler() -> Any:
 
 def _reduced(obj: Any, lending: Lending) -> tuple[Any, ...] | None:
     """How an object is rebuilt that is lent; None if it is none of those. Raises CannotBeLent."""
-    from multiprocessing import heap, shared_memory, sharedctypes, synchronize
-
     if isinstance(obj, synchronize.SemLock):
         semlock = obj._semlock  # type: ignore[attr-defined]
         is_lock = isinstance(obj, synchronize.Lock | synchronize.RLock)
