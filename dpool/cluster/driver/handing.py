@@ -42,15 +42,17 @@ def pickled(function: Callable[..., object], arguments: tuple[Any, ...], lending
     if first is None and _MULTIPROCESSING not in data:
         return data
     out = io.BytesIO()
-    with _spawning(_Sharing()):
-        try:
+    try:
+        with _spawning(_Sharing()):
             _lending_pickler()(out, lending).dump(value)
-        except CannotBeLent:
-            raise
-        except Exception:
-            if first is not None and not lending.lends:
-                raise first from None  # as if nobody had tried to lend anything
-            raise
+    except CannotBeLent:
+        raise
+    except Exception:
+        if first is not None and not lending.lends:
+            raise first from None  # as if nobody had tried to lend anything
+        raise
+    finally:
+        first = None  # its traceback refers to this frame, and so to the arguments
     return out.getvalue()
 
 

@@ -7,6 +7,7 @@ Belongs to the group's I/O thread; send() and the like may be called by any, and
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import struct
@@ -574,6 +575,10 @@ class ClusterPort:
             for process in node.living.values():
                 process.ended(None)
         self._connections.close()
+        # Locks among the arguments are given back with the last reference. This object is in cycles, and waits for the
+        # garbage collector.
+        self.spec = copy.copy(self.spec)
+        self.spec.initargs = ()
         if self._initializer >= 0:
             os.close(self._initializer)
 
