@@ -6,6 +6,7 @@ It imports no pytest, and doors only in those who open one. Used by name, by the
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import socket
@@ -22,6 +23,18 @@ class Point(ctypes.Structure):
     _fields_ = [("x", ctypes.c_int), ("y", ctypes.c_double), ("flag", ctypes.c_int, 3), ("sizes", ctypes.c_int * 2)]
 
 
+def queue(size: int = 0) -> Any:
+    return multiprocessing.Queue(size)
+
+
+def joinable_queue(size: int = 0) -> Any:
+    return multiprocessing.JoinableQueue(size)
+
+
+def simple_queue() -> Any:
+    return multiprocessing.SimpleQueue()
+
+
 def keep(*things: Any) -> None:
     """The initializer."""
     global lent
@@ -33,7 +46,7 @@ def keep_without_sockets(*things: Any) -> None:
     def nothing(address: Any) -> Any:
         raise FileNotFoundError(2, "no such file", address)
 
-    connection.SocketClient = nothing
+    setattr(connection, "SocketClient", nothing)  # noqa: B010  (nobody's to see but connection's own)
     keep(*things)
 
 
@@ -181,7 +194,7 @@ def interrupted(index: int, name: str, ready: int) -> str:
 def queues(index: int) -> list[str]:
     """What a queue with room for two says."""
     queue = lent[index]
-    found = []
+    found: list[str] = []
     for method, error in (("get", Empty), ("get_nowait", Empty)):
         try:
             getattr(queue, method)(*((True, 0.01) if method == "get" else ()))
@@ -255,7 +268,8 @@ def arrays(numbers: int, text: int, point: int) -> list[Any]:
     a[2:4] = [2, 3]
     a[4::2] = [4, 6, 8]
     found: list[Any] = [len(a), a[:], a[1], a[-1], a[::-3], a[5:2], list(a)]
-    for wrong in (lambda: a[10], lambda: a.__setitem__(slice(0, 2), [1])):
+    wrongs: list[Any] = [lambda: a[10], lambda: a.__setitem__(slice(0, 2), [1])]
+    for wrong in wrongs:
         try:
             wrong()
         except (IndexError, ValueError) as error:
@@ -327,3 +341,64 @@ def default_timeout_then_acquire(index: int) -> bool:
     finally:
         socket.setdefaulttimeout(None)
         lent[index].release()
+
+
+def pass_on(index: int, sizes: list[int]) -> list[int]:
+    """What comes from one pipe goes into the next."""
+    found = []
+    for _ in sizes:
+        data = lent[index].recv_bytes()
+        lent[index + 1].send_bytes(data)
+        found.append(len(data))
+    return found
+
+
+def in_a_process(task: Any, *arguments: Any) -> int:
+    """The pid of a process that has run this, and ended."""
+    child = os.fork()
+    if not child:
+        task(*arguments)
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def connect(address: str) -> str:
+    try:
+        connection.Client(address)
+    except Exception as error:
+        return type(error).__name__
+    return "connected"
+
+
+def wait_to_receive(index: int) -> bytes:
+    lent[-1].put(os.getpid())
+    data: bytes = lent[index].recv_bytes()
+    return data
+
+
+def fork_that_dies_with(index: int) -> int:
+    """How a process has ended that was killed while it had a lock."""
+    child = os.fork()
+    if not child:
+        lent[index].acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def take_one_then_other(mine: int, other: int) -> int:
+    """Hold one lock, say so, and when lent[2] says so, wait for the other, unless nobody has it."""
+    with lent[mine]:
+        lent[-1].put((mine, os.getpid()))
+        lent[2].acquire()
+        with lent[other]:
+            return os.getpid()
+
+
+def error_of_nested(task: Any, *arguments: Any) -> str:
+    """What comes of a task in a pool of this one's."""
+    try:
+        nested_pool(1, task, *arguments)
+    except Exception as error:
+        return type(error).__name__
+    return "nothing"

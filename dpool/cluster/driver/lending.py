@@ -109,6 +109,17 @@ class Lending:
         return bool(self._things)
 
     @property
+    def waits(self) -> int:
+        """How many calls wait for a semaphore, for a message, or for this process's own driver."""
+        return sum(one.call.operation != lent.SEND and not (one.line is None and one.socket is None)
+                   for one in list(self._waiting.values()))
+
+    @property
+    def owned(self) -> int:
+        """How many connections there are to managers."""
+        return len(self._own)
+
+    @property
     def deadline(self) -> float | None:
         """When turn() has something to do."""
         while self._deadlines and self._deadlines[0][2].answered:
