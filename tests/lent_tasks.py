@@ -402,3 +402,11 @@ def error_of_nested(task: Any, *arguments: Any) -> str:
     except Exception as error:
         return type(error).__name__
     return "nothing"
+
+
+def hold_until(index: int, go: int) -> bool:
+    """Hold a lock until a semaphore says so."""
+    with lent[index]:
+        lent[-1].put(os.getpid())
+        done: bool = lent[go].acquire(timeout=60)
+    return done

@@ -218,6 +218,24 @@ def test_a_process_that_a_task_forks_has_what_the_worker_has(driver: Cluster) ->
     assert lock.acquire(timeout=PATIENCE_S)
 
 
+def test_a_callback_waits_for_what_a_worker_has(driver: Cluster) -> None:
+    """Callbacks run in the thread that reports results: the worker's release does not wait for it."""
+    lock, go, said = multiprocessing.Lock(), multiprocessing.Semaphore(0), tasks.simple_queue()
+    taken = threading.Event()
+
+    def callback(_: object) -> None:
+        go.release()
+        if lock.acquire(timeout=PATIENCE_S):
+            taken.set()
+            lock.release()
+
+    with Pool(2, tasks.keep, (lock, go, said)) as pool:
+        holder = pool.apply_async(tasks.hold_until, (0, 1))
+        said.get()
+        pool.apply_async(tasks.pid, callback=callback)
+        assert holder.get(PATIENCE_S) and taken.wait(PATIENCE_S)
+
+
 # -- queues and connections
 
 

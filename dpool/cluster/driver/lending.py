@@ -94,6 +94,7 @@ class Lending:
         self._watched: dict[int, int] = {}  # descriptor -> events
         self._of_descriptor: dict[int, Connection | _Waiting] = {}
         self._closed = False
+        self.in_use = False  # whether any call has come
 
     # -- the table
 
@@ -130,6 +131,7 @@ class Lending:
 
     def call(self, session: bytes, call: Call) -> None:
         """A process calls."""
+        self.in_use = True
         one = _Waiting(session, call, self._things.get(call.token))
         self._waiting[session, call.request] = one
         operation, thing = call.operation, one.thing

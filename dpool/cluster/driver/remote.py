@@ -2,7 +2,7 @@
 
 Follows where the head places the group, and turns what nodes say, and their loss, into news for the group. Connections
 are connections.py's, what is on its way to nodes shipping.py's; what runs where is the head's and Dispatch's to decide.
-Belongs to the group's I/O thread; send() and the like may be called by any, and only leave word.
+Belongs to the group's I/O thread, or to its pump; send() and the like may be called by any, and only leave word.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dpool.cluster.driver.lending import Lending
 from dpool.cluster.driver.luggage import Pieces, Unsent, control, segment
 from dpool.cluster.driver.modules import answer
 from dpool.cluster.driver.nodes import Node, RemoteProcess
+from dpool.cluster.driver.pump import Pump
 from dpool.cluster.driver.shipping import Shipping
 from dpool.cluster.store import segments
 from dpool.cluster.store.transfer import BadPiece, pieces
@@ -103,7 +104,9 @@ class ClusterPort:
         self._empty_since: float | None = None
         self._level_at: float | None = None  # when to have batches given back, if they are dealt unevenly still
         self._open_until = 0.0
-        self._lending = Lending(self._answer_call, self.wake, self._connections.watch, self._now, lent.up())
+        self._lending = Lending(self._answer_call, self._connections.wake, self._connections.watch, self._now,
+                                lent.up())
+        self._pump: Pump | None = None  # once somebody operates what is lent
         self._initializer = self._pack_initializer(spec)
         self._prefix = _name_prefix(spec)
         # A door that has not been told how many workers takes what the cluster has.
@@ -132,7 +135,8 @@ class ClusterPort:
             self.kill()
             self.close()
             raise
-        self._owner = 0  # from now on another thread polls
+        if self._pump is None:
+            self._owner = 0  # from now on another thread polls
 
     def begin(self) -> None:
         """Ask the head for nodes."""
@@ -160,7 +164,7 @@ class ClusterPort:
 
     def _on_placed(self, placed: messages.Placed) -> None:
         self._inbox.append(("placed", placed))
-        self.wake()
+        self._connections.wake()
 
     def _follow(self, placed: messages.Placed) -> None:
         """Open sessions for what the head has placed and is not there."""
@@ -204,14 +208,14 @@ class ClusterPort:
         self._inbox.append((kind, what))
         node = what[0]
         if kind == "lost" or node.luggage.objects or not what[2]:  # some of the objects may be gone here
-            self.wake()
+            self._connections.wake()
 
     # -- what the group asks
 
     @property
     def count(self) -> int:
         """Living workers, on all nodes."""
-        return len(self.processes)
+        return len(self.processes) if self._pump is None else self._pump.count
 
     def start(self) -> None:
         """Nothing: nodes replace their own workers."""
@@ -235,7 +239,10 @@ class ClusterPort:
         return dealt
 
     def wake(self) -> None:
-        self._connections.wake()
+        if self._pump is not None:
+            self._pump.wake()
+        else:
+            self._connections.wake()
 
     def claimed(self) -> dict[int, int]:
         """Every batch: which of them no worker has begun is the nodes' to find out, and they say so."""
@@ -272,6 +279,7 @@ class ClusterPort:
         self._any.set()
         for node in tuple(self._nodes.values()):
             self._leave(node, messages.Kill(at_once))
+        self._connections.wake()
         self.wake()
 
     def _leave(self, node: Node, message: messages.Message) -> None:
@@ -282,12 +290,22 @@ class ClusterPort:
         if threading.get_ident() == self._owner:
             self._flush()
         else:
-            self.wake()
+            self._connections.wake()
 
     # -- the I/O thread
 
     def poll(self, timeout: float | None) -> Sequence[tuple[int, Any, list[int]]]:
         """What has happened; waits for it up to `timeout` seconds."""
+        if self._pump is not None:
+            return self._pump.poll(timeout)
+        events = self._turn(timeout)
+        if self._lending.in_use:
+            # From now on calls are answered whatever the caller does with these events.
+            self._pump = Pump(self._turn, self._connections.wake, lambda: len(self.processes),
+                              self.client.around.waker())
+        return events
+
+    def _turn(self, timeout: float | None) -> Sequence[tuple[int, Any, list[int]]]:
         self._owner = threading.get_ident()
         events: list[tuple[int, Any, list[int]]] = []
         self._catch_up(events)
@@ -566,6 +584,8 @@ class ClusterPort:
         if self._closed:
             return
         self._closed = True
+        if self._pump is not None:
+            self._pump.stop()
         self.client.remove(self._standing)
         self._lending.close()
         for node in self._nodes.values():
