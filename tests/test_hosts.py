@@ -27,9 +27,10 @@ pytestmark = pytest.mark.skipif(not possible(), reason="hosts need root, namespa
 HEAD, FIRST, SECOND = 0, 1, 2
 
 DRIVER = """
-import json, os, random, sys, time, zlib
+import json, multiprocessing, os, random, sys, time, zlib
 import dpool
 from dpool.multiprocessing import Pool
+from lent import count, hold, keep
 
 def task(path, value):
     time.sleep(0.01)
@@ -76,11 +77,56 @@ if __name__ == "__main__":
             answer = sorted({process.host for process in pool._pool})
         elif order == "nested":
             answer = pool.map(nested, [4] * arguments[0], chunksize=1)
+        elif order == "lend":
+            others.append(pool)
+            manager = multiprocessing.Manager()
+            value, queue, names, said = things = (multiprocessing.Value("i"), multiprocessing.Queue(), manager.dict(),
+                                                  multiprocessing.SimpleQueue())
+            pool = Pool(4, keep, things)
+            answer = None
+        elif order == "count":
+            deep, tasks, times = arguments
+            running = pool.starmap_async(count, [(deep, times)] * tasks, chunksize=1)
+            answer = None
+        elif order == "counted":
+            running.get(100)
+            answer = value.value, sorted(queue.get(timeout=30) for _ in range(arguments[0])), sorted(names.keys())
+        elif order == "hold":
+            running = pool.map_async(hold, [0])
+            answer = said.get()
+        elif order == "acquire":
+            answer = value.acquire(timeout=60)
         elif order == "sessions":
             answer = sorted(key.hex() for key in pool._group.port._nodes)
         print(json.dumps(answer), flush=True)
     for one in (pool, *others):
         one.terminate()
+"""
+
+# A module of the program's: workers have it from there.
+LENT = """
+import os, time
+from dpool.multiprocessing import Pool
+
+def keep(*things):
+    global lent
+    lent = things
+
+def count(deep, times):
+    value, queue, names, said = lent
+    if deep:
+        with Pool(2, keep, lent) as pool:
+            return pool.starmap(count, [(deep - 1, times)] * 2, chunksize=1)
+    for _ in range(times):
+        with value.get_lock():
+            value.value += 1
+    queue.put(os.uname().nodename)
+    names[os.uname().nodename] = deep
+
+def hold(_):
+    lent[0].acquire()
+    lent[-1].put(os.uname().nodename)
+    time.sleep(600)
 """
 
 
@@ -90,6 +136,7 @@ class Lab:
     def __init__(self, directory: Path, nodes: int = 2, cpus: int = 2) -> None:
         write(directory / "key", Keys.new())
         (directory / "driver.py").write_text(DRIVER)
+        (directory / "lent.py").write_text(LENT)
         self.hosts = Hosts(1 + nodes, [Path(sys.prefix), Path(sys.base_prefix), ROOT, directory])
         self._settings = [f"DPOOL_KEY_FILE={directory / 'key'}", f"PYTHONPATH={ROOT}"]
         self._directory = directory
@@ -185,6 +232,32 @@ def test_the_pools_of_tasks_have_workers_on_both_hosts(lab: Lab) -> None:
     assert isinstance(found, list)
     assert {host for host, _, _ in found} <= {"h1", "h2"}
     assert [rest for _, *rest in found] == [[["h1", "h2"], ["h1", "h2"]]] * 4
+
+
+@pytest.mark.parametrize("deep", [0, 1])
+def test_what_the_driver_lends_is_one_for_all_hosts(lab: Lab, deep: int) -> None:
+    """A value, a queue, and a manager's dict, at its Unix socket; also in pools of tasks."""
+    lab.ask("lend")
+    lab.ask("count", deep, 4, 20)
+    count, hosts, names = lab.ask("counted", 4 * 2 ** deep)  # type: ignore[misc]
+    assert count == 4 * 2 ** deep * 20
+    assert set(hosts) == set(names) == {"h1", "h2"}
+
+
+def test_a_short_cut_loses_and_doubles_no_call(lab: Lab) -> None:
+    lab.ask("lend")
+    lab.ask("count", 0, 4, 150)
+    lab.hosts.cut(FIRST)
+    time.sleep(2)
+    lab.hosts.heal()
+    assert lab.ask("counted", 4) == [600, ["h1", "h1", "h2", "h2"], ["h1", "h2"]]
+
+
+def test_a_lock_of_a_host_that_is_cut_off_is_released(lab: Lab) -> None:
+    lab.ask("lend")
+    holder = lab.ask("hold")
+    lab.hosts.cut(FIRST if holder == "h1" else SECOND)
+    assert lab.ask("acquire") is True
 
 
 @pytest.mark.parametrize("oneway", [False, True], ids=["both ways", "one way"])

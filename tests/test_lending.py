@@ -11,11 +11,14 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import shared_memory, sharedctypes
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import lent_tasks as tasks
@@ -350,6 +353,36 @@ def test_what_cannot_be_lent_is_refused_with_what_to_use(driver: Cluster) -> Non
 def test_locks_stay_no_arguments_of_tasks(driver: Cluster) -> None:
     with Pool(1) as pool, pytest.raises(RuntimeError, match="through inheritance"):
         pool.apply(tasks.pid, (multiprocessing.Lock(),))
+
+
+def test_a_function_that_refers_to_a_lock_of_its_program_fails(cluster: Cluster, tmp_path: Path) -> None:
+    """As a global: with `fork` on one machine workers have it. Every call fails, once, and the pool goes on."""
+    (tmp_path / "program.py").write_text(dedent("""
+        import multiprocessing
+        from dpool.multiprocessing import Pool
+
+        lock = multiprocessing.Lock()
+
+        def task(number):
+            with lock:
+                return number
+
+        if __name__ == "__main__":
+            with Pool(4) as pool:
+                for _ in range(2):
+                    results = [pool.apply_async(task, (number,)) for number in range(40)]
+                    for result in results:
+                        try:
+                            result.get(30)
+                        except RuntimeError as error:
+                            assert "through inheritance" in str(error)
+                        else:
+                            raise AssertionError
+                print(pool.map(abs, [-1]))
+    """))
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                          env=cluster.environment() | {"DPOOL_ADDRESS": cluster.address})
+    assert (done.stdout, done.stderr) == ("[1]\n", "")
 
 
 # -- managers

@@ -37,7 +37,7 @@ class Function:
     `target` is the callable itself, kept to encode it by value should a worker not know it by name.
     """
 
-    __slots__ = ("number", "flags", "inline", "descriptor", "target", "timing", "by_value", "calls",
+    __slots__ = ("number", "flags", "inline", "descriptor", "target", "timing", "by_value", "problem", "calls",
                  "refs", "_held")
 
     def __init__(self, target: Callable[..., Any], timing: Timing) -> None:
@@ -47,6 +47,7 @@ class Function:
         self.descriptor = -1
         self._held: Descriptors | None = None  # owns it
         self.by_value = False
+        self.problem: Exception | None = None  # why it cannot go by value, though a worker asks for that
         self.calls: list[tuple[str, Any]] = []
         self.flags = 0
         self.inline = b""

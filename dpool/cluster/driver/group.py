@@ -442,13 +442,17 @@ class Group:
     def _send_by_value(self, batch: Batch | None) -> None:
         """A worker does not find the function by its name."""
         function: Any = batch.function if batch is not None else None
-        if function is None or function.by_value:
+        if function is None:
             return
-        try:
-            table.send_by_value(function)
-        except Exception as error:
-            function.by_value = True
-            failure = Failure(engine.ARGUMENT_LOST, error)
+        if not function.by_value:
+            try:
+                table.send_by_value(function)
+            except Exception as error:
+                function.by_value = True
+                function.problem = error
+        # Again for each worker that says so: what had been sent to it is in the queue now.
+        if function.problem is not None:
+            failure = Failure(engine.ARGUMENT_LOST, function.problem)
             with self._lock:
                 doomed = [job for job in self._dispatch.queue if job.function is function]
                 tasks = [(job, job.waiting()) for job in doomed]

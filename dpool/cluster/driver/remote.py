@@ -300,7 +300,8 @@ class ClusterPort:
             return self._pump.poll(timeout)
         events = self._turn(timeout)
         if self._lending.in_use:
-            # From now on calls are answered whatever the caller does with these events.
+            # From now on calls are answered whatever the caller does with these events. It sends no more by itself.
+            self._owner = 0
             self._pump = Pump(self._turn, self._connections.wake, lambda: len(self.processes),
                               self.client.around.waker())
         return events
