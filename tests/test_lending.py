@@ -93,7 +93,7 @@ def test_one_at_a_time_has_a_lock(driver: Cluster, kind: str) -> None:
     """This process among them: its thread operates the lock itself."""
     context = multiprocessing.get_context("spawn")
     lock, value = getattr(context, kind)(), context.Value("i")
-    with Pool(3, tasks.keep, (lock, value)) as pool:
+    with Pool(3, tasks.keep, (lock, value), maxtasksperchild=1) as pool:
         result = pool.map_async(tasks.one_at_a_time, [20] * 3, chunksize=1)
         for _ in range(20):
             with lock:
@@ -237,6 +237,22 @@ def test_a_callback_waits_for_what_a_worker_has(driver: Cluster) -> None:
         said.get()
         pool.apply_async(tasks.pid, callback=callback)
         assert holder.get(PATIENCE_S) and taken.wait(PATIENCE_S)
+
+
+def test_a_callback_waits_for_a_worker_s_first_call(driver: Cluster, tmp_path: Path) -> None:
+    event, seen = multiprocessing.Event(), threading.Event()
+    path = tmp_path / "waiting"
+
+    def callback(_: object) -> None:
+        path.write_text("")
+        if event.wait(PATIENCE_S):
+            seen.set()
+
+    with Pool(2, tasks.keep, (event,)) as pool:
+        result = pool.apply_async(tasks.call_when, (str(path), 0, "set"))
+        pool.apply_async(tasks.pid, callback=callback)
+        assert seen.wait(PATIENCE_S)
+        result.get(PATIENCE_S)
 
 
 # -- queues and connections

@@ -527,6 +527,37 @@ def test_nonsense_is_not_passed_on(caller: Caller) -> None:
     assert not caller.sent
 
 
+def test_what_is_no_socket_is_not_answered(caller: Caller) -> None:
+    with open(os.devnull) as file:
+        socket.send_fds(caller.asks, [lent.HEADER.pack(lent.CALL, TOKEN, lent.VALUE, 0.0, 0, 0)], [file.fileno()])
+        caller.take()
+    assert not caller.sent
+
+
+def test_a_handler_that_raises_when_the_answer_has_come_gives_it_back(caller: Caller,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = lent.answer
+
+    def interrupted(_: socket.socket) -> Any:
+        monkeypatch.setattr(lent, "answer", answer)
+        caller.take()
+        call = caller.sent[-1][0]
+        assert isinstance(call, Call)
+        caller.calls.on_answer(Answer(call.request, lent.DONE, 0, b"item"), [])
+        raise KeyboardInterrupt
+
+    for operation, back in ((lent.ACQUIRE, lent.RELEASE), (lent.RECEIVE, lent.PUT_BACK), (lent.READ, None)):
+        monkeypatch.setattr(lent, "answer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            caller.channel.call(TOKEN, operation, lent.FOR_EVER)
+        if back is not None:
+            caller.take()
+            call = caller.sent[-1][0]
+            assert isinstance(call, Call) and (call.token, call.operation) == (TOKEN, back)
+            assert call.content == (b"item" if back == lent.PUT_BACK else b"")
+    assert len(caller.sent) == 5
+
+
 def test_who_waits_at_the_end_is_told(caller: Caller) -> None:
     ours, _ = caller.begin(TOKEN, lent.ACQUIRE, lent.FOR_EVER)
     caller.calls.close()

@@ -1,7 +1,7 @@
 """A thread that polls a port in place of its group's own, so that calls to what is lent are answered at any time.
 
 The group's I/O thread runs callbacks of the user's, and one of those may wait for a lock that a worker has: the
-worker's release must not wait for the callback. Made by driver/remote.py when a group's first call comes; decides
+worker's release must not wait for the callback. Made by driver/remote.py for groups that lend something; decides
 nothing.
 """
 

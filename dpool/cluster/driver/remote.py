@@ -100,13 +100,13 @@ class ClusterPort:
         self._avoid: dict[bytes, float] = {}
         self._numbers = itertools.count(0)
         self._first_number = 0
-        self._closing = self._killed = self._closed = False
+        self._open = self._closing = self._killed = self._closed = False
         self._empty_since: float | None = None
         self._level_at: float | None = None  # when to have batches given back, if they are dealt unevenly still
         self._open_until = 0.0
         self._lending = Lending(self._answer_call, self._connections.wake, self._connections.watch, self._now,
                                 lent.up())
-        self._pump: Pump | None = None  # once somebody operates what is lent
+        self._pump: Pump | None = None  # if something is lent, or a worker asks for a manager
         self._initializer = self._pack_initializer(spec)
         self._prefix = _name_prefix(spec)
         # A door that has not been told how many workers takes what the cluster has.
@@ -135,8 +135,8 @@ class ClusterPort:
             self.kill()
             self.close()
             raise
-        if self._pump is None:
-            self._owner = 0  # from now on another thread polls
+        self._owner = 0  # from now on another thread polls
+        self._open = True
 
     def begin(self) -> None:
         """Ask the head for nodes."""
@@ -299,7 +299,7 @@ class ClusterPort:
         if self._pump is not None:
             return self._pump.poll(timeout)
         events = self._turn(timeout)
-        if self._lending.in_use:
+        if self._open and (self._lending.in_use or self._lending.lends):
             # From now on calls are answered whatever the caller does with these events. It sends no more by itself.
             self._owner = 0
             self._pump = Pump(self._turn, self._connections.wake, lambda: len(self.processes),

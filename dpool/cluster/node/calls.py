@@ -50,10 +50,15 @@ class Calls:
 
     def on_call(self, data: bytes, descriptors: list[int]) -> None:
         """What a process has sent. It is not waited for longer than its socket is open."""
-        asker, content = socket.socket(fileno=descriptors[0]), (descriptors[1:] or [-1])[0]
+        content = (descriptors[1:] or [-1])[0]
+        try:
+            asker, process = _introduced(descriptors[0])
+        except OSError:  # it is no socket
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return
         try:
             _, token, operation, seconds, start, size = lent.HEADER.unpack_from(data)
-            process = _CREDENTIALS.unpack(asker.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
             if (operation not in lent.OPERATIONS or not seconds >= 0 or max(start, size) >> 63
                     or content >= 0 and not lent.is_sealed(content) or not self._meet(process)):
                 asker.close()
@@ -156,6 +161,13 @@ class Calls:
         self._watched.clear()
         self._pids.clear()
         self._processes.clear()
+
+
+def _introduced(descriptor: int) -> tuple[socket.socket, int]:
+    """A socket, and the pid of the process that has made it, by the kernel's word. Raises OSError if it is none."""
+    asker = socket.socket(fileno=descriptor)
+    credentials = asker.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return asker, _CREDENTIALS.unpack(credentials)[0]
 
 
 def _is_readable(descriptor: int) -> bool:
