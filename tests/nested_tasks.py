@@ -214,10 +214,10 @@ def forget_a_pool() -> list[int]:
 
 def lacks(needs: dict[str, float]) -> str:
     """What is said of a nested pool that needs what is taken."""
-    from dpool.cluster.driver import remote
+    from dpool.cluster.driver import connections
     from dpool.errors import ClusterError
 
-    remote.OPEN_TIMEOUT_S = 1.0
+    connections.OPEN_TIMEOUT_S = 1.0
     try:
         in_a_pool(abs, -1, resources=needs)
     except ClusterError as error:

@@ -297,7 +297,7 @@ class Driver:
                 self.phase = "opening"
                 self.port.begin()
             else:
-                self.port._waker.wait(0.05)
+                self.port._connections.wait(0.05)
         elif self.phase == "opening":
             try:
                 if not self.port.opening():

@@ -15,9 +15,11 @@ from unittest import mock
 from dpool.cluster.driver import client as client_module
 from dpool.cluster.driver import remote as remote_module
 from dpool.cluster.driver.client import Client
+from dpool.cluster.driver.connections import Connections
 from dpool.cluster.driver.dispatch import Dispatch
 from dpool.cluster.driver.luggage import Luggage, Sharing
 from dpool.cluster.driver.remote import ClusterPort
+from dpool.cluster.driver.shipping import Shipping
 from dpool.cluster.driver.spreading import DRIVER, SEND
 from dpool.cluster.head.membership import Membership
 from dpool.cluster.node import agent as agent_module
@@ -80,9 +82,8 @@ def _forgets_what_it_sends(original: Callable[..., Any], self: Session, *args: A
 # -- the driver
 
 
-def _turns_without_pause(self: ClusterPort, timeout: float | None) -> float | None:
-    waiting = [node.retry_at for node in self._nodes.values() if node.broken_at is not None]
-    return max(min(waiting) - self._now(), 0.0) if waiting else timeout
+def _turns_without_pause(self: Connections) -> list[float]:
+    return [node.retry_at for node in self._ailing if node.broken_at is not None]
 
 
 def _requeues_reported(self: Dispatch, number: int) -> Any:
@@ -99,9 +100,8 @@ def _forgets_the_rest(original: Callable[..., Any], self: Dispatch, number: int,
     original(self, number, run_ns, executed)
 
 
-def _gives_up_at_once(original: Callable[..., Any], self: ClusterPort, node: Any, dialer: Any, events: Any) -> None:
-    original(self, node, dialer, events)
-    self._lose(node, "broken", events)
+def _gives_up_at_once(original: Callable[..., Any], self: Connections, node: Any, dialer: Any) -> str:
+    return original(self, node, dialer) or "broken"
 
 
 def _loses_without_telling(original: Callable[..., Any], self: ClusterPort, node: Any, why: str, events: Any) -> None:
@@ -203,12 +203,12 @@ MUTANTS: dict[str, Mutant] = {
     "session: what is sent is not kept": _around(Session, "wrap", _forgets_what_it_sends),
     "session: nothing is acknowledged by count": Mutant(Session, "acknowledged", _nothing),
     "driver: a lost node's tasks are forgotten": _around(ClusterPort, "_lose", _loses_without_telling),
-    "driver: a broken connection is a lost node": _around(ClusterPort, "_on_broken", _gives_up_at_once, BRIEF),
+    "driver: a broken connection is a lost node": _around(Connections, "broken", _gives_up_at_once, BRIEF),
     "driver: a lost node is not dismissed": Mutant(Client, "dismiss", _nothing),
     "driver: silence is never noticed": Mutant(client_module, "SILENT_AFTER_S", 1e9),
     "driver: a lost node is avoided for ever": Mutant(remote_module, "AVOID_S", 1e9),
-    "driver: a connection that only the node has seen end is kept": Mutant(ClusterPort, "_on_linked", _nothing, BRIEF),
-    "driver: waiting for a connection is no waiting": Mutant(ClusterPort, "_until_due", _turns_without_pause),
+    "driver: a connection that only the node has seen end is kept": Mutant(Connections, "linked", _nothing, BRIEF),
+    "driver: waiting for a connection is no waiting": Mutant(Connections, "deadlines", _turns_without_pause),
     "driver: its own stop is the silence of others": Mutant(client_module, "STOPPED_AFTER_S", 1e9, BRIEF),
     "driver: placements are not followed": Mutant(ClusterPort, "_on_placed", _nothing),
     "dispatch: reported tasks of a lost node run again": Mutant(Dispatch, "node_lost", _requeues_reported),
@@ -245,7 +245,7 @@ MUTANTS: dict[str, Mutant] = {
         Exchange, "_leave", staticmethod(_nothing)),
     "objects: those of a part that has ended stay": Mutant(Objects, "part_ended", lambda *_: []),
     "objects: a driver does not send what is missing": Mutant(Luggage, "missing", _nothing),
-    "objects: there is never room for more": Mutant(ClusterPort, "_send_later", _nothing),
+    "objects: there is never room for more": Mutant(Shipping, "look_again", _nothing),
     "objects: each session brings its own": _around(Sharing, "want", _each_session_for_itself, CALM),
     "head: nobody is ever gone": Mutant(Membership, "tick", _places_on_the_gone),
     "head: placements are said once": _around(Membership, "_place", _says_placements_once, BRIEF),

@@ -2,7 +2,7 @@
 with the fewest batches a worker; and which node has too many.
 
 Counts only, and takes the time of a heap's step for each change, however many nodes there are. Sends nothing. Called by
-driver/remote.py, under its lock.
+driver/shipping.py, under its lock.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What travels to a node beside a group's batches, and stays there: functions and objects, each once.
 
 Turns batches into messages of a session, and remembers what a node has; sends nothing. Where a node gets an object from
-is spreading.py's to decide, for all groups of the process at once: they share a Sharing. Called by driver/remote.py,
-under its lock.
+is spreading.py's to decide, for all groups of the process at once: they share a Sharing. Called by
+driver/shipping.py, under its lock.
 """
 
 from __future__ import annotations
@@ -145,6 +145,17 @@ class Luggage:
         if how == SEND:
             self.later[key] = stored(key, carried)
         return [] if how == HERE else [control(messages.Fetch(key, size, source, own=how == SEND))]
+
+    def one_piece(self) -> Iterator[Unsent]:
+        """The next piece of the first of the large ones, which there must be."""
+        key, rest = next(iter(self.later.items()))
+        return self._first_of(key, rest)
+
+    def _first_of(self, key: bytes, rest: Iterator[Unsent]) -> Iterator[Unsent]:
+        for piece in rest:
+            yield piece
+            return
+        self.later.pop(key, None)
 
     def got(self, key: bytes) -> None:
         """The node has an object, whole."""

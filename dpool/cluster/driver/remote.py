@@ -1,8 +1,8 @@
-"""The way from a group to its workers on the nodes of a cluster: implements Port of driver/group.py.
+"""The way from a group to its workers on the nodes of a cluster: implements driver/port.py.
 
-Deals batches to nodes, keeps who has which, and turns the loss of a node into news for the group; what runs where is
-the head's and Dispatch's to decide. Its sockets belong to the group's I/O thread; send() and the like may be called by
-any thread, and only leave word.
+Follows where the head places the group, and turns what nodes say, and their loss, into news for the group. Connections
+are connections.py's, what is on its way to nodes shipping.py's; what runs where is the head's and Dispatch's to decide.
+Belongs to the group's I/O thread; send() and the like may be called by any, and only leave word.
 """
 
 from __future__ import annotations
@@ -13,38 +13,30 @@ import struct
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import process as mp_process
 from typing import Any
 
 import msgspec
 
-from dpool.cluster.driver.client import Client, Pulse, Standing
-from dpool.cluster.driver.dealing import Dealing
-from dpool.cluster.driver.luggage import Pieces, Unsent, control, large, segment
+from dpool.cluster.driver import connections
+from dpool.cluster.driver.client import Client, Standing
+from dpool.cluster.driver.connections import Connections
+from dpool.cluster.driver.luggage import Pieces, Unsent, control, segment
 from dpool.cluster.driver.modules import answer
 from dpool.cluster.driver.nodes import Node, RemoteProcess
-from dpool.cluster.store import segments, store
+from dpool.cluster.driver.shipping import Shipping
+from dpool.cluster.store import segments
 from dpool.cluster.store.transfer import BadPiece, pieces
 from dpool.cluster.wire import frames, messages, pickling, sessions
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.events import CHANGED, DEATH, HOPELESS, LOST, MESSAGE, NODE_LOST, STOLEN
-from dpool.cluster.wire.keys import AGENT, DRIVER
-from dpool.cluster.wire.links import Dialer
 from dpool.engine import GroupSpec
 from dpool.errors import ClusterError
 from dpool.resources import shown
 
-# How long opening a group may take.
-OPEN_TIMEOUT_S = 10.0
 # How long the submit() that has the first worker started may wait for it.
 FIRST_WORKER_WITHIN_S = 5.0
-# How long a session may be without a connection before its node is taken for lost. A node that refuses a connection
-# has ended; one that cannot be reached may be back.
-RESUME_WITHIN_S = 5.0
-RETRY_S = 0.1
-# A first connection that is not answered for so long may have ended for the node alone: another one is tried.
-ANSWER_WITHIN_S = 3.0
 # A node that was lost is not asked again for so long.
 AVOID_S = 15.0
 # One that has not the resources now, perhaps because it still has what a program that has died had.
@@ -96,17 +88,9 @@ class ClusterPort:
         self.processes: list[Any] = []
         self.supervisor = RemoteSupervisor()
         self._nodes: dict[bytes, Node] = {}  # by session
-        self._by_descriptor: dict[int, Node] = {}
-        self._of_batch: dict[int, Node] = {}
-        # Guards the dealing of batches: _of_batch, _dealing, the nodes' inflight and outboxes, and which outboxes hold
-        # something.
-        self._lock = threading.Lock()
-        self._dealing: Dealing[Node] = Dealing()
-        self._unsent: dict[Node, None] = {}
-        self._ailing: dict[Node, None] = {}  # nodes that are not open yet, or without a connection
+        self._shipping = Shipping(client.sharing, self._now)
+        self._connections = Connections(client, self._tell)
         self._inbox: deque[tuple[str, Any]] = deque()  # from the client's thread
-        self._waker = client.around.waker()
-        self._stirred: dict[Node, None] = {}
         self._owner = 0
         self._any = threading.Event()  # there is a worker, or was, or none will come
         self._avoid: dict[bytes, float] = {}
@@ -151,7 +135,7 @@ class ClusterPort:
 
     def begin(self) -> None:
         """Ask the head for nodes."""
-        self._open_until = self._now() + OPEN_TIMEOUT_S
+        self._open_until = self._now() + connections.OPEN_TIMEOUT_S
         self.client.add(self._standing)
 
     def opening(self) -> bool:
@@ -167,7 +151,7 @@ class ClusterPort:
                 raise ClusterError(f"the cluster at {self.client.address} has no node: start one with "
                                    f"dpool node {self.client.address}")
             names = ", ".join(node.host for node in self._nodes.values() if not node.opened)
-            raise ClusterError(f"no answer within {OPEN_TIMEOUT_S:.0f} s from: {names}")
+            raise ClusterError(f"no answer within {connections.OPEN_TIMEOUT_S:.0f} s from: {names}")
         for kind, what, _ in self.poll(min(left, 0.2)):
             if kind == HOPELESS:
                 raise what
@@ -175,7 +159,7 @@ class ClusterPort:
 
     def _on_placed(self, placed: messages.Placed) -> None:
         self._inbox.append(("placed", placed))
-        self._waker.wake()
+        self.wake()
 
     def _follow(self, placed: messages.Placed) -> None:
         """Open sessions for what the head has placed and is not there."""
@@ -186,7 +170,7 @@ class ClusterPort:
             more = member.workers - has.get(member.node, 0)
             if more > 0 and member.addresses:
                 self._connect(Node(member, more, self.client.around.new_id(), self.client.sharing,
-                                   self._now() + OPEN_TIMEOUT_S))
+                                   self._now() + connections.OPEN_TIMEOUT_S))
         self._tell_head(placed.epoch)
 
     def _parts(self) -> dict[bytes, int]:
@@ -202,8 +186,7 @@ class ClusterPort:
 
     def _connect(self, node: Node) -> None:
         self._nodes[node.key] = node
-        self._ailing[node] = None
-        self._dial(node)
+        self._connections.open(node)
         spec = self.spec
         self._post(node, messages.Open(
             node.key, self.group, self.client.id, messages.Versions.here(), node.workers,
@@ -216,40 +199,11 @@ class ClusterPort:
         if spec.all_cpus:
             spec.processes = max(sum(one.workers for one in self._nodes.values()), 1)
 
-    def _watch(self, node: Node) -> None:
-        """Begin the pulse: not earlier than the node knows the session, for it denies those it does not know."""
-        node.watched = True
-        self.client.watch(Pulse(node.key, node.addresses[0], lambda: node.session.received,
-                                lambda *echo: self._tell("echo", (node, *echo)),
-                                lambda why: self._tell("lost", (node, why)), self._now()))
-
     def _tell(self, kind: str, what: Any) -> None:
         self._inbox.append((kind, what))
         node = what[0]
         if kind == "lost" or node.luggage.objects or not what[2]:  # some of the objects may be gone here
-            self._waker.wake()
-
-    def _dial(self, node: Node) -> None:
-        """A new connection for a session: the first, or one after another has broken."""
-        node.dialer = dialer = self.client.around.dialer(DRIVER, AGENT, node.addresses[0])
-        node.resumed = False
-        node.unlinked = 0
-        node.dialed_at = self._now()
-        node.attempts += 1
-        for descriptor in dialer.descriptors:
-            self._by_descriptor[descriptor] = node
-        self._waker.add(dialer.descriptors)
-        self._connection_message(node, messages.Resume(node.key, node.session.received, not node.opened,
-                                                      node.attempts))
-        self._stirred[node] = None
-
-    def _undial(self, node: Node, linger_ms: int = 0) -> None:
-        if node.dialer is not None:
-            self._waker.remove(node.dialer.descriptors)
-            for descriptor in node.dialer.descriptors:
-                self._by_descriptor.pop(descriptor, None)
-            node.dialer.close(linger_ms)
-            node.dialer = None
+            self.wake()
 
     # -- what the group asks
 
@@ -265,19 +219,8 @@ class ClusterPort:
         """There is work for so many workers, where workers are started on demand."""
         if not self.spec.on_demand:
             return
-        left = min(queued + inflight, self.spec.processes)
-        with self._lock:
-            nodes = [node for node in self._nodes.values() if node.opened]
-            shares = dict.fromkeys(nodes, 0)
-            while left and any(shares[node] < node.workers for node in nodes):
-                for node in nodes:
-                    if left and shares[node] < node.workers:
-                        shares[node] += 1
-                        left -= 1
-            for node, share in shares.items():
-                if share > node.demanded:
-                    node.demanded = share
-                    self._put(node, messages.Demand(share))
+        nodes = [node for node in tuple(self._nodes.values()) if node.opened]
+        self._shipping.demand(nodes, min(queued + inflight, self.spec.processes))
         self._flush_or_wake()
         if not self._any.is_set() and threading.get_ident() != self._owner:
             # As where a submit() starts the first worker itself: when it returns, there is one.
@@ -285,25 +228,13 @@ class ClusterPort:
 
     def send(self, parts: list[bytes], descriptors: list[int]) -> bool:
         """Deal one batch to the node that has the most room for it; False if there is none now."""
-        batch = frames.TASKS.unpack_from(parts[0])[4]
-        objects = large(frames.unpack_refs(parts[2])[0]) if parts[2] else {}
-        with self._lock:
-            node = self._dealing.next()
-            if node is None:
-                return False
-            if objects:
-                there = self.client.sharing.places(objects)
-                node = self._dealing.near(node, sum(objects.values()), lambda one: there.get(one.addresses[0], 0))
-            node.outbox.extend(node.luggage.pack(parts, descriptors, store.current().objects, self._now()))
-            self._unsent[node] = None
-            self._of_batch[batch] = node
-            node.inflight[batch] = None
-            self._dealing.set(node, len(node.inflight), len(node.living))
-        self._flush_or_wake()
-        return True
+        dealt = self._shipping.deal(parts, descriptors)
+        if dealt:
+            self._flush_or_wake()
+        return dealt
 
     def wake(self) -> None:
-        self._waker.wake()
+        self._connections.wake()
 
     def claimed(self) -> dict[int, int]:
         """Every batch: which of them no worker has begun is the nodes' to find out, and they say so."""
@@ -315,20 +246,15 @@ class ClusterPort:
 
     def steal(self, number: int) -> int:
         """Ask for the unbegun tasks of a batch; 0 now, STOLEN later."""
-        node = self._of_batch.get(number)
-        if node is not None and number not in node.stealing:
-            node.stealing.add(number)
-            self._leave(node, messages.Steal(number))
+        self._shipping.steal(number)
+        self._flush_or_wake()
         return 0
 
     def stop(self, tasks: list[tuple[int, int]]) -> set[int]:
         """Ask for the end of the workers that are in one of `tasks`, each (batch, index), now or later; their deaths
         tell which they were."""
-        for batch, index in tasks:
-            node = self._of_batch.get(batch)
-            if node is not None and (batch, index) not in node.stopping:
-                node.stopping.add((batch, index))
-                self._leave(node, messages.Stop(batch, index))
+        self._shipping.stop(tasks)
+        self._flush_or_wake()
         return set()
 
     def signal(self, node: Node, slot: int, number: int) -> None:
@@ -337,31 +263,25 @@ class ClusterPort:
 
     def close_tasks(self) -> None:
         self._closing = True
-        for node in self._nodes.values():
+        for node in tuple(self._nodes.values()):
             self._leave(node, messages.CloseTasks())
 
     def kill(self, at_once: bool = True) -> None:
         self._killed = True
         self._any.set()
-        for node in self._nodes.values():
+        for node in tuple(self._nodes.values()):
             self._leave(node, messages.Kill(at_once))
-        self._waker.wake()
+        self.wake()
 
     def _leave(self, node: Node, message: messages.Message) -> None:
-        with self._lock:
-            self._put(node, message)
+        self._shipping.leave(node, message)
         self._flush_or_wake()
-
-    def _put(self, node: Node, message: messages.Message) -> None:
-        """Leave something for a node; with the lock held."""
-        node.outbox.append(control(message))
-        self._unsent[node] = None
 
     def _flush_or_wake(self) -> None:
         if threading.get_ident() == self._owner:
             self._flush()
         else:
-            self._waker.wake()
+            self.wake()
 
     # -- the I/O thread
 
@@ -371,8 +291,7 @@ class ClusterPort:
         events: list[tuple[int, Any, list[int]]] = []
         self._catch_up(events)
         if not events:
-            ready = self._waker.wait(self._until_due(timeout))
-            self._stirred.update(dict.fromkeys(self._by_descriptor[d] for d in ready if d in self._by_descriptor))
+            self._connections.wait(self._until_due(timeout))
             self._catch_up(events)
         self._look_after(events)
         return events
@@ -382,17 +301,13 @@ class ClusterPort:
         come, and what has come may say that there is room for more."""
         while True:
             self._flush()
-            self._drain(list(self._stirred), events)
+            self._drain(self._connections.stirred(), events)
             self._work_inbox(events)
-            if events or not (self._stirred or self._unsent):
+            if events or (self._connections.still and not self._shipping.waits):
                 break
 
     def _until_due(self, timeout: float | None) -> float | None:
-        waiting = [node.retry_at if node.dialer is None else node.broken_at + RESUME_WITHIN_S
-                   for node in self._ailing if node.broken_at is not None]
-        waiting += [node.open_until for node in self._ailing if not node.opened]
-        waiting += [node.dialed_at + ANSWER_WITHIN_S for node in self._ailing
-                    if node.broken_at is None and not node.resumed]
+        waiting = self._connections.deadlines()
         if self._empty_since is not None:
             waiting.append(self._empty_since + REPLACE_WITHIN_S)
         if self._level_at is not None:
@@ -405,35 +320,15 @@ class ClusterPort:
         return left if timeout is None else min(left, timeout)
 
     def _flush(self) -> None:
-        """Send what was left in the outboxes; of large objects as much as may be under way, a piece to each in turn."""
-        while self._unsent:
-            with self._lock:
-                if not self._unsent:
-                    break
-                node = next(iter(self._unsent))
-                del self._unsent[node]
-                if node.lost:
-                    continue
-                if node.outbox:
-                    urgent: Iterator[Unsent] | None = node.outbox.popleft()
-                elif node.has_room:
-                    urgent = None
-                    key, pieces_of_it = next(iter(node.luggage.later.items()))
-                else:
-                    continue
-                self._unsent[node] = None
-            if urgent is not None:
-                for unsent in urgent:
-                    self._say(node, unsent)
-            elif (piece := next(pieces_of_it, None)) is not None:
-                self._say(node, piece)
-            else:
-                node.luggage.later.pop(key, None)
+        """Send what was left for nodes."""
+        while (taken := self._shipping.take()) is not None:
+            node, unsent = taken
+            for message in unsent:
+                self._say(node, message)
 
     def _drain(self, nodes: list[Node], events: list[tuple[int, Any, list[int]]]) -> None:
         """Receive, until there is nothing more, from nodes that may have sent something."""
         for node in nodes:
-            self._stirred.pop(node, None)
             dialer = node.dialer
             if dialer is None:
                 continue
@@ -444,11 +339,11 @@ class ClusterPort:
                     self._lose(node, f"{type(error).__name__}: {error}", events)
                     break
             if node.session.owes_acknowledgement:
-                self._send(node, node.session.acknowledgement())
-            self._send_later(node)
+                self._connections.send(node, node.session.acknowledgement())
+            self._shipping.look_again(node)
             dialer.watch()
-            if dialer.broken and node.dialer is dialer:
-                self._on_broken(node, dialer, events)
+            if dialer.broken and node.dialer is dialer and (why := self._connections.broken(node, dialer)):
+                self._lose(node, why, events)
 
     def _on_frames(self, node: Node, received: list[memoryview], events: list[tuple[int, Any, list[int]]]) -> None:
         head = received[0]
@@ -462,7 +357,7 @@ class ClusterPort:
             descriptors = node.arrivals.take(count)
             result_flags, _, _, batch = frames.RESULTS.unpack_from(body)[:4]
             if result_flags & frames.DONE:
-                self._settle(batch)
+                self._shipping.settle(batch)
             slot = (_SLOT.unpack_from(body, _SLOT_AT)[0] + node.first_slot) % (1 << 16)
             _SLOT.pack_into(body, _SLOT_AT, slot)
             events.append((MESSAGE, body, descriptors))
@@ -472,32 +367,10 @@ class ClusterPort:
         elif kind == sessions.CONTROL:
             self._on_control(node, messages.from_node.decode(body), events)
 
-    def _send_later(self, node: Node) -> None:
-        """Some of what was under way may have arrived: there may be room for more of a large object."""
-        if node.has_room:
-            with self._lock:
-                self._unsent[node] = None
-
-    def _settle(self, batch: int) -> None:
-        with self._lock:
-            node = self._of_batch.pop(batch, None)
-            if node is not None:
-                node.inflight.pop(batch, None)
-                self._dealing.set(node, len(node.inflight), len(node.living))
-                node.stealing.discard(batch)
-                if node.stopping:
-                    node.stopping = {task for task in node.stopping if task[0] != batch}
-
     def _on_connection_message(self, node: Node, message: messages.Message,
                                events: list[tuple[int, Any, list[int]]]) -> None:
         if isinstance(message, messages.Resumed):
-            node.resumed, node.broken_at, node.refusals = True, None, 0
-            if not node.watched:
-                self._watch(node)
-            if node.session.sent > message.received:
-                for again in node.session.resume(message.received):
-                    assert node.dialer is not None
-                    node.dialer.send(again)
+            self._connections.resumed(node, message.received)
         elif isinstance(message, messages.Gone):
             self._lose(node, "it knows nothing of this group any more", events)
 
@@ -512,25 +385,22 @@ class ClusterPort:
         elif isinstance(message, messages.Died):
             self._on_died(node, message, events)
         elif isinstance(message, messages.Lost):
-            self._settle(message.batch)
+            self._shipping.settle(message.batch)
             events.append((LOST, message.batch, []))
         elif isinstance(message, messages.GivenBack):
             node.asked_back = False
             self._level_at = self._now() + (UNEVEN_FOR_S if message.batches else UNEVEN_AGAIN_S)
             for batch in message.batches:
-                self._settle(batch)
+                self._shipping.settle(batch)
                 events.append((LOST, batch, []))
         elif isinstance(message, messages.Stolen):
-            node.stealing.discard(message.batch)
+            self._shipping.stolen(node, message.batch)
             if message.count:
                 events.append((STOLEN, (message.batch, message.count), []))
         elif isinstance(message, messages.Got):
-            with self._lock:
-                node.luggage.got(message.key)
+            self._shipping.got(node, message.key)
         elif isinstance(message, messages.Missing):
-            with self._lock:
-                node.luggage.missing(message, self._now())
-                self._unsent[node] = None
+            self._shipping.missing(node, message)
         elif isinstance(message, messages.Output):
             _print(message.stream, message.data)
         elif isinstance(message, messages.Failed):
@@ -563,8 +433,7 @@ class ClusterPort:
             process = RemoteProcess(self, node, slot)
             node.living[slot.slot] = process
             self.processes.append(process)
-        with self._lock:
-            self._dealing.set(node, len(node.inflight), len(node.living))
+        self._shipping.staffed(node)
         self._empty_since = None
         if slots:
             self._any.set()
@@ -574,57 +443,21 @@ class ClusterPort:
         if process is not None:
             process.ended(message.exitcode)
             self.processes.remove(process)
-            with self._lock:
-                self._dealing.set(node, len(node.inflight), len(node.living))
+            self._shipping.staffed(node)
         self.supervisor.failed_starts = message.failed_starts
         if message.batch:
-            self._settle(message.batch)
+            self._shipping.settle(message.batch)
         slot = (message.slot + node.first_slot) % (1 << 16)
         events.append((DEATH, Death(slot, message.pid, message.exitcode, message.batch, message.task, message.ready,
                                 message.trace, message.expected, node.host, message.stopped), []))
 
-    # -- connections that break, nodes that are lost
-
-    def _on_broken(self, node: Node, dialer: Dialer, events: list[tuple[int, Any, list[int]]]) -> None:
-        now = self._now()
-        refused = not dialer.connected and "refused" in dialer.failure
-        node.refusals += refused
-        self._undial(node)
-        if node.broken_at is None:
-            node.broken_at = now
-            self._ailing[node] = None
-        node.retry_at = now + RETRY_S
-        if node.refusals >= 2 or "key" in dialer.failure:
-            self._lose(node, f"{node.addresses[0]}: {dialer.failure}", events)
-
-    def _on_linked(self, node: Node, linked: bool) -> None:
-        """Whether a node has a connection for the session. One that has none has seen an end that is not seen here; but
-        what it says once may be older than the connection."""
-        node.unlinked = 0 if linked or not node.resumed else node.unlinked + 1
-        if node.unlinked >= 2 and not node.lost:
-            self._undial(node)
-            node.broken_at = node.retry_at = self._now()
-            self._ailing[node] = None
+    # -- nodes that are lost
 
     def _look_after(self, events: list[tuple[int, Any, list[int]]]) -> None:
         """What falls due with time."""
         now = self._now()
-        for node in list(self._ailing):
-            if not node.opened and now >= node.open_until:
-                self._lose(node, f"it has not answered within {OPEN_TIMEOUT_S:.0f} s", events)
-                continue
-            if node.broken_at is None:
-                if node.opened:
-                    del self._ailing[node]
-                    continue
-                if node.resumed or now < node.dialed_at + ANSWER_WITHIN_S:
-                    continue
-                self._undial(node)
-                node.broken_at = node.retry_at = now
-            if now >= node.broken_at + RESUME_WITHIN_S:
-                self._lose(node, "its connection is broken and cannot be made again", events)
-            elif node.dialer is None and now >= node.retry_at:
-                self._dial(node)
+        for node, why in self._connections.tend(now):
+            self._lose(node, why, events)
         self._level(now)
         if self._avoid and now >= min(self._avoid.values()):
             self._tell_head()  # that the node may serve again
@@ -636,8 +469,7 @@ class ClusterPort:
 
     def _level(self, now: float) -> None:
         """Have batches given back that wait on one node while workers of another have none."""
-        with self._lock:
-            uneven = self._dealing.uneven()
+        uneven = self._shipping.uneven()
         if uneven is None or uneven[0].asked_back:
             self._level_at = None
         elif self._level_at is None:
@@ -657,13 +489,11 @@ class ClusterPort:
                 node, received, linked = what
                 if received <= node.session.sent:
                     node.session.acknowledged(received)
-                self._on_linked(node, linked)
-                self._send_later(node)
+                self._connections.linked(node, linked)
+                self._shipping.look_again(node)
                 if node.luggage.objects and not node.lost:
-                    with self._lock:
-                        gone = node.luggage.gone(store.current().objects)
-                    if gone:
-                        self._leave(node, messages.ForgetObjects(gone))
+                    self._shipping.tidy(node)
+                    self._flush()
             else:
                 node, why = what
                 self._lose(node, why, events)
@@ -674,20 +504,10 @@ class ClusterPort:
         if node.lost or node.key not in self._nodes:
             return
         node.lost = why
-        self._ailing.pop(node, None)
         self._any.set()
-        with self._lock:
-            del self._nodes[node.key]
-            self._dealing.set(node, 0, 0)
-            batches = list(node.inflight)
-            for batch in batches:
-                self._of_batch.pop(batch, None)
-            node.inflight.clear()
-            node.outbox.clear()
-            node.luggage.end()
-        self._connection_message(node, messages.Bye(node.key))
-        self._undial(node, linger_ms=200)
-        self.client.dismiss(node.key)
+        del self._nodes[node.key]
+        batches = self._shipping.lose(node)
+        self._connections.lose(node)
         node.arrivals.close()
         for process in node.living.values():
             process.ended(None)
@@ -709,18 +529,9 @@ class ClusterPort:
             self._say(node, unsent)
 
     def _say(self, node: Node, unsent: Unsent) -> None:
-        self._send(node, node.session.wrap(*unsent))
+        self._connections.send(node, node.session.wrap(*unsent))
 
-    def _send(self, node: Node, message: sessions.Frames) -> None:
-        # On a connection that does not carry the session again yet, the message would come before its turn.
-        if node.dialer is not None and (node.resumed or node.broken_at is None):
-            node.dialer.send(message)
-            self._stirred[node] = None
-
-    def _connection_message(self, node: Node, message: messages.Message) -> None:
-        if node.dialer is not None:
-            header = sessions.HEADER.pack(sessions.CONTROL, 0, 0, 0, 0, 0)
-            node.dialer.send((header + messages.encode(message),))
+    # -- the end
 
     def close(self) -> None:
         """Leave the nodes; what still runs there is killed. May be called again."""
@@ -729,14 +540,12 @@ class ClusterPort:
         self._closed = True
         self.client.remove(self._standing)
         for node in self._nodes.values():
-            self._connection_message(node, messages.Bye(node.key))
-            self._undial(node, linger_ms=1000)
-            self.client.unwatch(node.key)
+            self._connections.leave(node)
             node.arrivals.close()
             node.luggage.end()
             for process in node.living.values():
                 process.ended(None)
-        self._waker.close()
+        self._connections.close()
         if self._initializer >= 0:
             os.close(self._initializer)
 
