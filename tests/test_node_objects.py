@@ -15,8 +15,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dpool.cluster.node import agent as agent_module
-from dpool.cluster.node.agent import Agent, Part
+from dpool.cluster.node import part as part_module
+from dpool.cluster.node.agent import Agent
 from dpool.cluster.node.exchange import IDLE_S, WINDOW_BYTES, Exchange
 from dpool.cluster.node.objects import (
     ASK,
@@ -31,6 +31,7 @@ from dpool.cluster.node.objects import (
     Deed,
     Objects,
 )
+from dpool.cluster.node.part import Part
 from dpool.cluster.store.transfer import OBJECT_PIECE_BYTES
 from dpool.cluster.wire import messages, sessions
 from dpool.cluster.wire.keys import AGENT, Keys
@@ -508,7 +509,8 @@ def agent() -> Iterator[Agent]:
 
 
 def _part(agent: Agent) -> Part:
-    part = agent._parts[A] = Part(A, agent._around.now(), agent._library, agent.exchange)
+    part = agent._parts[A] = Part(A, agent)
+    part.gone_at = agent.now() + 60.0
     part.workers = cast(Any, Idle())
     return part
 
@@ -538,7 +540,7 @@ def test_a_source_that_cannot_be_dialed_refuses(agent: Agent, monkeypatch: pytes
                                                 error: Exception | None) -> None:
     monkeypatch.setattr(Cut, "error", error)
     part = _part(agent)
-    agent._on_control(part, messages.Fetch(KEY, 10, "tcp://a b:7077"), 0)
+    part._on_control(messages.Fetch(KEY, 10, "tcp://a b:7077"), 0)
     agent.step()
     assert agent._parts == {A: part}
     [said] = [messages.from_node.decode(frames[0][sessions.HEADER.size:]) for frames in part.session.resume(0)]
@@ -556,15 +558,15 @@ def test_a_stop_of_what_waits_for_an_object_waits_with_it(agent: Agent, monkeypa
 
     monkeypatch.setattr(agent._waker, "wait", wait)
     part.ledger.park(7, 1, (b"", []))
-    agent._on_control(part, messages.Stop(7, 0), 0)
+    part._on_control(messages.Stop(7, 0), 0)
     workers.stops.clear()
     agent._state_at = agent._around.now() + 1000.0
     agent.step()
     assert waits.pop() > 900.0 and not workers.stops
     part.ledger.unpark(7)
-    agent._hand_over(part)
+    part.hand_over()
     agent.step()
-    assert waits.pop() < 2 * agent_module.STOP_RECHECK_S and workers.stops == [[(7, 0)]]
+    assert waits.pop() < 2 * part_module.STOP_RECHECK_S and workers.stops == [[(7, 0)]]
 
 
 def test_nothing_is_sent_before_the_wait(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ from dpool.cluster.driver.remote import ClusterPort
 from dpool.cluster.head.membership import Membership
 from dpool.cluster.head.server import Head
 from dpool.cluster.node import exchange
-from dpool.cluster.node.agent import ORPHAN_AFTER_S, Agent, Part
+from dpool.cluster.node.agent import ORPHAN_AFTER_S, Agent
+from dpool.cluster.node.part import Part
 from dpool.cluster.node.workers import Workers
 from dpool.cluster.store import refs, store, transfer
 from dpool.cluster.wire import frames, messages

@@ -28,6 +28,7 @@ from dpool.cluster.node.batches import Batches
 from dpool.cluster.node.exchange import Exchange
 from dpool.cluster.node.ledger import Ledger
 from dpool.cluster.node.objects import ASK, Objects
+from dpool.cluster.node.part import Part
 from dpool.cluster.store.transfer import Arrival
 from dpool.cluster.wire import messages
 from dpool.cluster.wire.events import NODE_LOST
@@ -149,22 +150,22 @@ def _renews_the_lease(original: Callable[..., Any], self: Agent, peer: bytes, me
         part.gone_at = self._around.now() + agent_module.DRIVER_LEASE_S
 
 
-def _does_not_say_died(original: Callable[..., Any], self: Agent, part: Any, message: Any) -> None:
+def _does_not_say_died(original: Callable[..., Any], self: Part, message: Any) -> None:
     if not isinstance(message, messages.Died):
-        original(self, part, message)
+        original(self, message)
 
 
-def _steals_twice(original: Callable[..., Any], self: Agent, part: Any, workers: Any, batch: int) -> None:
+def _steals_twice(original: Callable[..., Any], self: Part, workers: Any, batch: int) -> None:
     # The descriptors of what stays are its own: those of what is taken back are closed.
     with mock.patch.object(Ledger, "take_back", lambda ledger, number: next(
             ((body, list(map(os.dup, descriptors))) for one, _, (body, descriptors) in ledger.waiting
              if one == number), None)):
-        original(self, part, workers, batch)
+        original(self, workers, batch)
 
 
-def _hands_over_once(original: Callable[..., Any], self: Agent, part: Any, descriptor: int) -> None:
-    with mock.patch.object(Agent, "_hand_over", _nothing):
-        original(self, part, descriptor)
+def _hands_over_once(original: Callable[..., Any], self: Part, workers: Any) -> None:
+    with mock.patch.object(Part, "hand_over", _nothing):
+        original(self, workers)
 
 
 # -- the head
@@ -224,13 +225,13 @@ MUTANTS: dict[str, Mutant] = {
                                          or []),
     "node: one look is enough to take a batch for lost": _around(Ledger, "lost", _looks_once, DEATHS),
     "node: what is in the socket is lost": Mutant(Ledger, "lost", _loses_what_waits),
-    "node: deaths are not told": _around(Agent, "_post", _does_not_say_died),
+    "node: deaths are not told": _around(Part, "post", _does_not_say_died),
     "node: does not send again": _around(Agent, "_on_connection", _does_not_resend),
     "node: parts of the gone are kept": Mutant(Agent, "_look_around", _keeps_parts),
     "node: the driver's lease is too short": Mutant(agent_module, "DRIVER_LEASE_S", 3.0, BRIEF),
     "node: the last pulse of the dead renews their lease": _around(Agent, "_on_connection", _renews_the_lease, DEATHS),
-    "node: what is taken back runs as well": _around(Agent, "_steal", _steals_twice),
-    "node: what waits is not handed over": _around(Agent, "_on_part", _hands_over_once),
+    "node: what is taken back runs as well": _around(Part, "_steal", _steals_twice),
+    "node: what waits is not handed over": _around(Part, "_on_workers", _hands_over_once),
     "node: who is gone is waited for as long as who is silent": Mutant(agent_module, "BROKEN_AFTER_S", 1e9, DEATHS),
     "driver: does not say that it is a task": _around(
         Client, "__init__", lambda original, self, *args: original(self, *args[:3])),

@@ -1,6 +1,7 @@
 """What a group knows of a node that serves it: the session with it, what is on its way there, its workers.
 
-Holds, and does nothing: driver/remote.py does, by whose thread and under whose lock all of it is changed.
+Holds, and does nothing: connections.py changes what is about the connection, shipping.py, under its lock, what is on
+its way, and remote.py the rest.
 """
 
 from __future__ import annotations

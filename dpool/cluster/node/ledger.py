@@ -3,7 +3,7 @@
 Some wait for objects that are still on their way, the others for room in the workers' socket.
 
 Pure: reads no clock and no socket; what workers claim to be in, and whether their socket is empty, are arguments.
-Called by node/agent.py.
+Called by node/part.py and node/batches.py.
 """
 
 from __future__ import annotations

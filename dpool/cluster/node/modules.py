@@ -1,6 +1,6 @@
 """What workers of this node have asked drivers for, modules and data files: each travels to the node once.
 
-Keeps answers by the digest of their content, within bounds, for all groups; looks into none. Called by node/agent.py,
+Keeps answers by the digest of their content, within bounds, for all groups; looks into none. Called by node/part.py,
 which sends what is returned here to the driver. One question is the node's own to answer: which cluster this is.
 """
 

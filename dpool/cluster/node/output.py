@@ -1,6 +1,6 @@
 """What a group's workers print, cut into whole lines, so that those of different workers do not mix.
 
-Reads pipes that never block it; sends nothing. One per part of a group, used by node/agent.py's loop.
+Reads pipes that never block it; sends nothing. One per part of a group, used by node/part.py.
 """
 
 from __future__ import annotations

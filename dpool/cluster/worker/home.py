@@ -1,7 +1,7 @@
 """The cluster that a worker belongs to, for the doors that its tasks open: asked of the node when the first is opened.
 
 Nothing of it is in a worker that opens none: what the node answers holds a driver's keys. It is kept by the engine that
-is made of it, and nowhere else. Asked by session.py; the answer is the node's (node/agent.py).
+is made of it, and nowhere else. Asked by session.py; the answer is the node's (node/part.py).
 """
 
 from __future__ import annotations
