@@ -22,6 +22,7 @@ import msgspec
 from dpool.cluster.driver import connections
 from dpool.cluster.driver.client import Client, Standing
 from dpool.cluster.driver.connections import Connections
+from dpool.cluster.driver.lanes import Lanes
 from dpool.cluster.driver.luggage import Pieces, Unsent, control, segment
 from dpool.cluster.driver.modules import answer
 from dpool.cluster.driver.nodes import Node, RemoteProcess
@@ -90,6 +91,7 @@ class ClusterPort:
         self._nodes: dict[bytes, Node] = {}  # by session
         self._shipping = Shipping(client.sharing, self._now)
         self._connections = Connections(client, self._tell)
+        self._lanes = Lanes(client.around, self._connections, self._shipping)
         self._inbox: deque[tuple[str, Any]] = deque()  # from the client's thread
         self._owner = 0
         self._any = threading.Event()  # there is a worker, or was, or none will come
@@ -192,7 +194,7 @@ class ClusterPort:
             node.key, self.group, self.client.id, messages.Versions.here(), node.workers,
             self._prefix, self._first_number, spec.max_tasks, spec.on_demand, self._initializer >= 0,
             bytes(mp_process.current_process().authkey), os.getcwd(), [str(arg) for arg in sys.argv],
-            spec.resources, self._replaces),
+            spec.resources, self._replaces, self.client.around.has_bulk()),
             [pieces(self._initializer)] if self._initializer >= 0 else [])
         node.first_slot = self._first_number % (1 << 16)
         self._first_number += node.workers
@@ -325,10 +327,14 @@ class ClusterPort:
             node, unsent = taken
             for message in unsent:
                 self._say(node, message)
+        for node in self._shipping.for_bulk():
+            self._lanes.pour(node)
 
     def _drain(self, nodes: list[Node], events: list[tuple[int, Any, list[int]]]) -> None:
         """Receive, until there is nothing more, from nodes that may have sent something."""
         for node in nodes:
+            if node.lane is not None:
+                self._lanes.stirred(node)
             dialer = node.dialer
             if dialer is None:
                 continue
@@ -401,6 +407,10 @@ class ClusterPort:
             self._shipping.got(node, message.key)
         elif isinstance(message, messages.Missing):
             self._shipping.missing(node, message)
+        elif isinstance(message, messages.BulkOffer):
+            self._lanes.offered(node, message)
+        elif isinstance(message, messages.BulkOver):
+            self._lanes.ended(node, message.name)
         elif isinstance(message, messages.Output):
             _print(message.stream, message.data)
         elif isinstance(message, messages.Failed):
@@ -486,11 +496,13 @@ class ClusterPort:
             if kind == "placed":
                 self._follow(what)
             elif kind == "echo":
-                node, received, linked = what
+                node, received, linked, bulk = what
                 if received <= node.session.sent:
                     node.session.acknowledged(received)
                 self._connections.linked(node, linked)
                 self._shipping.look_again(node)
+                if node.lane is not None:
+                    self._lanes.echoed(node, bulk)
                 if node.luggage.objects and not node.lost:
                     self._shipping.tidy(node)
                     self._flush()
@@ -507,6 +519,7 @@ class ClusterPort:
         self._any.set()
         del self._nodes[node.key]
         batches = self._shipping.lose(node)
+        self._lanes.close(node)
         self._connections.lose(node)
         node.arrivals.close()
         for process in node.living.values():
@@ -540,6 +553,7 @@ class ClusterPort:
         self._closed = True
         self.client.remove(self._standing)
         for node in self._nodes.values():
+            self._lanes.close(node)
             self._connections.leave(node)
             node.arrivals.close()
             node.luggage.end()

@@ -18,10 +18,12 @@ opened. What does not open ends the connection, without an answer.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,6 +48,10 @@ MAX_KEY_BYTES = 1 << 40
 # is woken less often. Smaller: less memory, and pieces that come too late for another way are fewer.
 SEND_BUFFER_BYTES = 4 << 20
 
+# Pieces that are sent or received in a turn of a loop, of each connection. More: fewer turns. Fewer: whatever else the
+# loop has to do waits less.
+BURST = 8
+
 NAME_BYTES = 16
 KEY_BYTES = 32
 _TAG_BYTES = 16
@@ -59,6 +65,7 @@ _HEAD = struct.Struct("<16sQQIIQ")
 _HEAD_BYTES = _HEAD.size + _TAG_BYTES
 
 
+@cache
 def available() -> bool:
     """Whether there is the library. Imports nothing of it."""
     return find_spec("cryptography") is not None
@@ -100,6 +107,10 @@ class _End:
     def close(self) -> None:
         """Give the connection up. May be called again."""
         self.broken = self.broken or "it was closed"
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)  # a process that was forked meanwhile may have it, too
+        except OSError:
+            pass
         self._socket.close()
 
 
@@ -197,6 +208,19 @@ class Sender(_End):
         return True
 
 
+def pour(sender: Sender, take: Callable[[], tuple[Head, memoryview] | None]) -> bool:
+    """Send what take() gives until it gives nothing, or there is no room, or others should have their turn; whether to
+    call this again when there is room."""
+    for _ in range(BURST):
+        if not sender.flush():
+            return not sender.broken
+        taken = take()
+        if taken is None:
+            return False
+        sender.send(*taken)
+    return not sender.broken
+
+
 class Receiver(_End):
     """The end that was connected to, by one who has the key: see Gate."""
 
@@ -283,8 +307,7 @@ class Receiver(_End):
 
 
 class Gate:
-    """Where senders connect. Its `descriptor` is readable when one does; those that have not said who they are have
-    descriptors of their own (`opening`), which accept() has to be called for as well.
+    """Where senders connect. Its `descriptor` is readable when one does, or says who it is: call accept() then.
 
     Raises OSError, naming the address, if it cannot be bound.
     """
@@ -302,7 +325,9 @@ class Gate:
                                        f"{os.strerror(error.errno or 0)}") from None
         bound = self._socket.getsockname()
         self.address = address_of(bound[0], bound[1])
-        self.descriptor = self._socket.fileno()
+        self._epoll = select.epoll()
+        self._epoll.register(self._socket, select.EPOLLIN)
+        self.descriptor = self._epoll.fileno()
         self._offers: dict[bytes, tuple[bytes, float]] = {}  # name -> key, until when it is expected
         self._opening: OrderedDict[int, tuple[socket.socket, bytes, float]] = OrderedDict()  # by descriptor
 
@@ -318,11 +343,6 @@ class Gate:
         """This one is not expected any more."""
         self._offers.pop(name, None)
 
-    @property
-    def opening(self) -> list[int]:
-        """The descriptors of those that have connected and not said who they are."""
-        return list(self._opening)
-
     def accept(self, now: float) -> list[Receiver]:
         """Those that have connected, and have shown that they have the key. Whoever shows something else is closed, and
         so is who takes too long: call this once a second."""
@@ -333,8 +353,9 @@ class Gate:
                 break
             connection.setblocking(False)
             self._opening[connection.fileno()] = connection, b"", now + OPENING_S
+            self._epoll.register(connection, select.EPOLLIN)
             if len(self._opening) > MAX_OPENING:
-                self._opening.popitem(last=False)[1][0].close()
+                self._turn_away(self._opening.popitem(last=False)[1][0])
         for name in [name for name, (_, until) in self._offers.items() if until <= now]:
             del self._offers[name]
         arrived = []
@@ -345,15 +366,20 @@ class Gate:
                 del self._opening[descriptor]
                 receiver = self._let_in(connection, said)
                 if receiver is not None:
+                    self._epoll.unregister(connection)
                     arrived.append(receiver)
                 else:
-                    connection.close()
+                    self._turn_away(connection)
             elif more is None or until <= now:
                 del self._opening[descriptor]
-                connection.close()
+                self._turn_away(connection)
             else:
                 self._opening[descriptor] = connection, said, until
         return arrived
+
+    def _turn_away(self, connection: socket.socket) -> None:
+        self._epoll.unregister(connection)
+        connection.close()
 
     def _let_in(self, connection: socket.socket, said: bytes) -> Receiver | None:
         name = said[:NAME_BYTES]
@@ -370,6 +396,7 @@ class Gate:
             connection.close()
         self._opening.clear()
         self._offers.clear()
+        self._epoll.close()
         self._socket.close()
 
 

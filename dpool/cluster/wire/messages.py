@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 # Raised with every change that an older peer would misunderstand: peers of another number refuse each other.
-PROTOCOL = 3
+PROTOCOL = 4
 # What a control message may measure at most. Tasks, results and objects are not control messages.
 MAX_CONTROL_BYTES = 1 << 20
 # What a worker may ask its driver: the name of a module, or of a package and a path in it.
@@ -73,6 +73,7 @@ class NodeState(Message, frozen=True):
     tasks_done: Number = 0
     tasks_running: Number = 0
     resources: Amounts = {}
+    bulk: Name = ""  # where it listens for bulk connections, if it does
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -174,6 +175,7 @@ class NodeReport(msgspec.Struct, frozen=True):
     seen_s: float
     resources: dict[str, float] = {}
     resources_used: dict[str, float] = {}
+    bulk: str = ""
 
 
 class DriverReport(msgspec.Struct, frozen=True):
@@ -225,6 +227,7 @@ class Open(Message, frozen=True):
     argv: list[Text] = []
     needs: Amounts = {}  # what each worker takes of the node
     replaces: bool = False  # the program was started by `dpool run`: its workers replace the names, too
+    bulk: bool = False  # it can send objects by a bulk connection
 
 
 class Resume(Message, frozen=True):
@@ -240,11 +243,13 @@ class Resume(Message, frozen=True):
 
 class Pulse(Message, frozen=True):
     """Said once a second on a connection of its own, and echoed: I am alive, this is what I have received. A node that
-    is not `linked` has no connection for the session: it has seen the end of one, which the driver may not have."""
+    is not `linked` has no connection for the session: it has seen the end of one, which the driver may not have. By the
+    bulk connection it has got `bulk` pieces."""
 
     session: Id
     received: Number
     linked: bool = True
+    bulk: Number = 0
 
 
 class Demand(Message, frozen=True):
@@ -309,6 +314,14 @@ class Fetch(Message, frozen=True):
     size: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
     source: Name = ""
     own: bool = False
+
+
+class BulkOver(Message, frozen=True):
+    """The bulk connection of this name is no more, or will not be; another one is another offer. `used`: pieces were
+    sent on it, some of which may not have come. Who receives says it if it is the first to know; who sends, always."""
+
+    name: Id
+    used: bool = False
 
 
 class Bye(Message, frozen=True):
@@ -409,6 +422,15 @@ class Missing(Message, frozen=True):
     source: Name = ""
 
 
+class BulkOffer(Message, frozen=True):
+    """A bulk connection is expected at `address`, from who says `name` and has `key`: pieces of large objects may come
+    by it. See wire/bulk.py. Said to a driver, and by a node to the one that gives it objects."""
+
+    name: Id
+    key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    address: Name
+
+
 class Output(Message, frozen=True):
     """What workers have written to stdout (1) or stderr (2): whole lines."""
 
@@ -470,9 +492,11 @@ class Piece(Message, frozen=True):
 
 
 class Patience(Message, frozen=True):
-    """There is nothing more of this object here yet; there will be."""
+    """There is nothing more of this object here yet, or more is on its way by a bulk connection: what was `sent` of it
+    ends there."""
 
     key: Id
+    sent: Number = 0
 
 
 class NotHere(Message, frozen=True):
@@ -484,11 +508,11 @@ class NotHere(Message, frozen=True):
 ToHead = NodeState | DriverState | Ask | StopCluster | Leaving
 FromHead = Welcome | Refused | Placed | Report | StopCluster
 ToNode = (Open | Resume | Pulse | Demand | Steal | GiveBack | Stop | CloseTasks | Kill | Signal | Forget
-          | ForgetObjects | Fetch | Bye | Found)
+          | ForgetObjects | Fetch | Bye | Found | BulkOver)
 FromNode = (Opened | Failed | Gone | Resumed | Pulse | Started | Died | Lost | GivenBack | Stolen | Got | Missing
-            | Output | Wanted)
-ToSource = Pull | Enough
-FromSource = Piece | Patience | NotHere
+            | Output | Wanted | BulkOffer | BulkOver)
+ToSource = Pull | Enough | BulkOffer | BulkOver
+FromSource = Piece | Patience | NotHere | BulkOver
 
 encode = msgspec.msgpack.Encoder().encode
 to_head = msgspec.msgpack.Decoder(ToHead)
