@@ -14,13 +14,16 @@ from dpool.cluster.wire.surroundings import Surroundings
 
 # A bulk connection that is not there after so long will not be. Less than it is expected, bulk.OFFER_S.
 CONNECT_WITHIN_S = 3.0
+# One by which nothing has been sent for so long is closed: its other end has gone without a word. Whoever lives closes
+# it earlier, with the link: exchange.py, IDLE_S.
+IDLE_S = 60.0
 
 
 class _Outlet:
     def __init__(self, peer: bytes, sender: Sender, now: float) -> None:
         self.peer = peer
         self.sender = sender
-        self.until = now + CONNECT_WITHIN_S
+        self.used_at = now
         self.wanted: dict[bytes, None] = {}  # objects of which there may be something to be sent
         self.waits = False  # for room: it is called again
 
@@ -86,6 +89,7 @@ class Outlets:
             piece = self._next_piece(outlet.peer, key)
             if piece is not None:
                 outlet.wanted[key] = None
+                outlet.used_at = self._around.now()
                 return piece
         return None
 
@@ -97,8 +101,9 @@ class Outlets:
     def tick(self) -> None:
         """Call this once a second."""
         now = self._around.now()
-        for outlet in [one for one in self._of.values() if not one.sender.ready and one.until <= now]:
-            self._lose(outlet)
+        for outlet in list(self._of.values()):
+            if now >= outlet.used_at + (IDLE_S if outlet.sender.ready else CONNECT_WITHIN_S):
+                self._lose(outlet)
 
     def _lose(self, outlet: _Outlet) -> None:
         name, used = outlet.sender.name, outlet.sender.count > 0
