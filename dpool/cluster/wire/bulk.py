@@ -269,6 +269,7 @@ class Receiver(_End):
             end = head.nbytes + _TAG_BYTES
             if len(self._buffer) < end:
                 self._buffer = memoryview(bytearray(end))
+            if len(self._piece) < head.nbytes:
                 self._piece = memoryview(bytearray(head.nbytes))
             piece = self._piece[:head.nbytes]
             if not self._read(end) or not self._open(end, piece):
