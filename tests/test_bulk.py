@@ -120,7 +120,7 @@ def _is_closed(stranger: socket.socket) -> bool:
 def test_pieces_come_as_they_were_sent(pair: Pair, size: int) -> None:
     sent = [piece(os.urandom(size), number * size) for number in range(5)]
     waiting = list(sent)
-    found = []
+    found: list[tuple[Head, bytes]] = []
     while len(found) < 5:
         if waiting and pair.sender.send(*waiting[0]):
             waiting.pop(0)

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dpool.cluster.node import part as part_module
 from dpool.cluster.node.agent import Agent
 from dpool.cluster.node.exchange import IDLE_S, WINDOW_BYTES, Exchange
+from dpool.cluster.node.inlets import Inlets
 from dpool.cluster.node.objects import (
     ASK,
     CLOSE,
@@ -362,7 +363,8 @@ class Around:
         self.connections: dict[str, Connection] = {}
         self.sent: list[Any] = []  # to those who ask here
         self.told: list[Deed] = []
-        self.exchange = Exchange(cast(Any, self), cast(Any, self), cast(Any, self), self.told.append)
+        self.inlets = Inlets(cast(Any, self), cast(Any, self), None)
+        self.exchange = Exchange(cast(Any, self), cast(Any, self), cast(Any, self), self.inlets, self.told.append)
 
     def now(self) -> float:
         return self.time

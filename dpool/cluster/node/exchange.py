@@ -362,14 +362,16 @@ class Exchange:
             puller = pullers[peer] = _Puller(message.start)
         # Not more than one may have under way, whatever it asks for.
         puller.upto = max(puller.upto, min(message.upto, message.start + WINDOW_BYTES))
-        sent = puller.next
-        if self._serve(key, peer) and not (sent > message.start and self._outlets.ready(peer)):
+        before = puller.next
+        if self._serve(key, peer) and not (before > message.start and self._outlets.ready(peer)):
             return
+        # By a bulk connection more may be on its way than has come, and nobody learns of it if that never comes.
+        sent = puller.next if self._outlets.ready(peer) else 0
         if message.start >= known.have and self.objects.in_vain(key, self._around.now()):
             self._forget_puller(key, peer)
             self._listener.send(peer, (messages.encode(messages.NotHere(key)),))
         else:
-            self._listener.send(peer, (messages.encode(messages.Patience(key, puller.next)),))
+            self._listener.send(peer, (messages.encode(messages.Patience(key, sent)),))
 
     def _serve(self, key: bytes, peer: bytes) -> bool:
         """Send a node what it has asked for and is here; whether there was anything."""

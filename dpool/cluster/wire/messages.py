@@ -492,8 +492,8 @@ class Piece(Message, frozen=True):
 
 
 class Patience(Message, frozen=True):
-    """There is nothing more of this object here yet, or more is on its way by a bulk connection: what was `sent` of it
-    ends there."""
+    """There is nothing more of this object here yet, or more of it is on its way by a bulk connection: what was `sent`
+    by that ends there."""
 
     key: Id
     sent: Number = 0
