@@ -296,6 +296,28 @@ def test_many_who_say_nothing_do_not_use_up_the_descriptors(gate: Gate) -> None:
         one.close()
 
 
+def test_without_descriptors_the_gate_rests_and_does_not_have_its_owner_turn_in_vain(
+        gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(socket.socket):
+        def accept(self) -> tuple[socket.socket, object]:
+            raise OSError(24, "Too many open files")
+
+    name, key = gate.offer(0.0) or pytest.fail("no offer")
+    real = gate._socket
+    poll = select.poll()
+    poll.register(gate.descriptor, select.POLLIN)
+    with Full(fileno=os.dup(real.fileno())) as full, _connect(gate, _opening(name, key)):
+        assert poll.poll(0)
+        # The descriptor that is watched is the real one's.
+        monkeypatch.setattr(full, "fileno", real.fileno)
+        monkeypatch.setattr(gate, "_socket", full)
+        assert not gate.accept(0.0) and not poll.poll(0)
+        assert not gate.accept(0.5) and not poll.poll(0)
+        monkeypatch.undo()
+        [receiver] = gate.accept(1.0)
+        receiver.close()
+
+
 def test_a_gate_whose_port_is_taken_says_so(gate: Gate) -> None:
     with pytest.raises(OSError, match=f"cannot listen on {gate.address} for large objects: Address already in use"):
         Gate(*parse_address(gate.address))

@@ -85,6 +85,11 @@ class Lanes:
         elif (lane.sender.count > count or not lane.sender.ready) and now >= lane.moved_at + SILENT_AFTER_S:
             self._over(node, lane)
 
+    def got(self, node: Node, key: bytes) -> None:
+        """The node has an object, whole."""
+        if node.lane is not None:
+            node.lane.after.pop(key, None)
+
     def ended(self, node: Node, name: bytes) -> None:
         """The node has seen the end of a connection."""
         if node.lane is not None and node.lane.sender.name == name:

@@ -405,6 +405,7 @@ class ClusterPort:
                 events.append((STOLEN, (message.batch, message.count), []))
         elif isinstance(message, messages.Got):
             self._shipping.got(node, message.key)
+            self._lanes.got(node, message.key)
         elif isinstance(message, messages.Missing):
             self._shipping.missing(node, message)
         elif isinstance(message, messages.BulkOffer):

@@ -328,6 +328,7 @@ class Gate:
         self.address = address_of(bound[0], bound[1])
         self._epoll = select.epoll()
         self._epoll.register(self._socket, select.EPOLLIN)
+        self._rests = False  # who connects is not let in, for want of descriptors
         self.descriptor = self._epoll.fileno()
         self._offers: dict[bytes, tuple[bytes, float]] = {}  # name -> key, until when it is expected
         self._opening: OrderedDict[int, tuple[socket.socket, bytes, float]] = OrderedDict()  # by descriptor
@@ -347,10 +348,20 @@ class Gate:
     def accept(self, now: float) -> list[Receiver]:
         """Those that have connected, and have shown that they have the key. Whoever shows something else is closed, and
         so is who takes too long: call this once a second."""
+        if self._rests:
+            self._rests = False
+            self._epoll.register(self._socket, select.EPOLLIN)
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:  # nobody, or there are no descriptors
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                continue  # it is gone already
+            except OSError:
+                # Until the next call: it would be told of at once, again and again.
+                self._rests = True
+                self._epoll.unregister(self._socket)
                 break
             connection.setblocking(False)
             self._opening[connection.fileno()] = connection, b"", now + OPENING_S

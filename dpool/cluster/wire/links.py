@@ -105,7 +105,8 @@ class Listener:
             self.close()
             raise OSError(error.errno, f"cannot listen on {address}: {os.strerror(error.errno or 0)}") from None
         bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.host, self.port = parse_address(bound)  # in figures
+        bound_host, self.port = parse_address(bound)
+        self.host = bound_host.removeprefix("::ffff:")  # in figures, also where the address names an interface
         self.address = address_of(host, self.port)
         self.descriptors = [int(s.getsockopt(zmq.FD)) for s in (self._socket, self._zap, self._monitor)]
 
