@@ -44,9 +44,6 @@ MAX_OPENING = 64
 # One key is used for so much. With blocks of 16 bytes the odds that a forgery or a repetition helps anybody are below
 # 1 in 2**50 then.
 MAX_KEY_BYTES = 1 << 40
-# What the kernel is asked to keep of a connection on the way out. Larger: fills longer and faster links, and the sender
-# is woken less often. Smaller: less memory, and pieces that come too late for another way are fewer.
-SEND_BUFFER_BYTES = 4 << 20
 
 # Pieces that are sent or received in a turn of a loop, of each connection. More: fewer turns. Fewer: whatever else the
 # loop has to do waits less.
@@ -140,7 +137,6 @@ class Sender(_End):
         self._answer = b""
         try:
             _prepare(connection)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             connection.connect(target)
         except BlockingIOError:
             pass
@@ -413,7 +409,8 @@ class Gate:
 
 
 def _prepare(connection: socket.socket) -> None:
-    # A piece goes out at once, also if it is the last one for now.
+    # A piece goes out at once, also if it is the last one for now. The kernel's buffers grow with the link (up to
+    # net.ipv4.tcp_wmem); setting their size would end that, at less than what they come to.
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
