@@ -29,6 +29,8 @@ class Lanes:
 
     def offered(self, node: Node, offer: messages.BulkOffer) -> None:
         """A node expects a connection."""
+        if node.lost:
+            return
         if node.lane is not None:
             self._over(node, node.lane)
         try:
