@@ -243,7 +243,7 @@ class Exchange:
             source.received += 1
             if len(frames) == 2:
                 self._on_piece_of(source, message.key, message.size, message.start, message.checksum, frames[1])
-            return
+                return
         known = self.objects.get(message.key)
         if known is None or known.source != address:
             return  # not wanted any more
