@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import deeds
@@ -266,7 +267,7 @@ def _listening(pids: Iterable[int]) -> list[str]:
 
 def test_without_a_cluster_nobody_listens() -> None:
     before = _listening([os.getpid()])
-    with Pool(2) as pool:
+    with Pool(2, context=get_context("forkserver")) as pool:
         assert pool.map(len, [dpool.put(bytes(1 << 20))] * 4, chunksize=1) == [1 << 20] * 4
         assert _listening([os.getpid(), *(worker.pid for worker in workers_of(pool))]) == before == []
 
