@@ -66,6 +66,15 @@ class Sink(Protocol):
         ...
 
 
+class AttendedSink(Sink, Protocol):
+    """One whose job may be waited for with attend()."""
+
+    def set_alone(self, value: Any) -> bool:
+        """set(0, [value]), called by the thread that waits for it, under a lock of the group's. False, and nothing has
+        happened, if anybody else waits for it or is to be called. May be interrupted at any step and called again."""
+        ...
+
+
 class GroupSpec:
     """What a door asks for: how many workers, how they are started, what they run first.
 
@@ -110,7 +119,7 @@ class WorkerGroup(Protocol):
     def submit(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sink: Sink,
                asks_start: bool = False, attended: bool = False) -> Any:
         """Queue one call; its outcome goes to `sink` as task 0. Returns the job, a token for cancel(). `attended` says
-        that attend() follows.
+        that attend() follows at once.
 
         Raises GroupBroken if the group is broken, GroupClosed after close(), ForeignProcess after a fork, and what
         pickling the function raises.
@@ -126,9 +135,9 @@ class WorkerGroup(Protocol):
         """A job that grows: see Stream. With `as_pushed` a task gets each item as it was when it was pushed."""
         ...
 
-    def attend(self, job: Any) -> None:
-        """The caller is about to wait for the outcome of `job`: see to it in this thread if that is quicker. May return
-        before it is there."""
+    def attend(self, job: Any, timeout: float | None = None) -> None:
+        """The caller is about to wait for the outcome of `job`, for up to `timeout` seconds: see to it in this thread
+        if that is quicker. May return before it is there. The job is one of submit(), with an AttendedSink."""
         ...
 
     def cancel(self, job: Any) -> int:

@@ -1,14 +1,22 @@
-"""apply() receives its own result where it can: what becomes of it when other things happen meanwhile."""
+"""apply() and a future's result() receive the result themselves where they can: what becomes of it when other things
+happen meanwhile."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import dis
+import gc
 import os
 import signal
+import sys
 import threading
+import weakref
 from typing import Any
 
 import pytest
 
+from dpool.concurrent.futures import ProcessPoolExecutor
+from dpool.concurrent.futures.process import BrokenProcessPool
 from dpool.errors import GroupTerminated, WorkerDied
 from dpool.multiprocessing import get_context
 from dpool.multiprocessing.pool import Pool
@@ -25,6 +33,14 @@ def begin_and_wait(begun: str, go: str) -> int:
     open(begun, "w").close()
     open(go).close()
     return 1
+
+
+class Argument:
+    """It can be referred to weakly."""
+
+
+def is_argument(value: Any) -> bool:
+    return isinstance(value, Argument)
 
 
 def die(_: Any = None) -> None:
@@ -199,3 +215,160 @@ def test_every_start_method_and_a_worker_that_is_replaced() -> None:
     for method in ("spawn", "forkserver"):
         with Pool(1, maxtasksperchild=2, context=get_context(method)) as pool:
             assert [pool.apply(double, (number,)) for number in range(5)] == [0, 2, 4, 6, 8]
+
+
+# -- futures
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt in this thread, at the `at`th place of dpool's code where Python looks for signals: when
+    a function begins, after a call, and where a loop goes back."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+        self._calls: set[Any] = set()  # frames whose last instruction was a call
+
+    def __enter__(self) -> Interrupt:
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+        self._calls.clear()
+
+    def _enter(self, frame: Any, event: str, _: object) -> Any:
+        self._calls.discard(frame.f_back)  # it has called a function of Python's, after which nobody looks
+        if "/dpool/" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        return self._step
+
+    def _step(self, frame: Any, event: str, _: object) -> Any:
+        if event == "opcode":
+            name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if frame in self._calls or name in ("RESUME", "JUMP_BACKWARD"):
+                self.left -= 1
+                if not self.left:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            (self._calls.add if name.startswith("CALL") else self._calls.discard)(frame)
+        return self._step
+
+
+def test_a_ctrl_c_between_any_two_steps_of_result_loses_nothing() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor:
+        group: Any = executor.submit(double, 1).result() and executor._group
+
+        def interrupted(at: int) -> tuple[bool, int]:
+            """Whether it was, and how many steps there were if not: few if the outcome was there already."""
+            future = executor.submit(double, at)
+            interrupt = Interrupt(at)
+            try:
+                with interrupt:
+                    assert future.result(PATIENCE_S) == 2 * at
+                return False, at - interrupt.left
+            except KeyboardInterrupt:
+                assert future.result(PATIENCE_S) == 2 * at, at
+                assert future.done(), at
+                return True, at
+
+        steps = max(interrupted(1_000_000)[1] for _ in range(200))
+        assert steps > 15
+        found = sum(any(interrupted(at)[0] for _ in range(30)) for at in range(1, steps + 1))
+        assert found > 0.9 * steps
+        assert list(executor.map(double, range(50))) == list(range(0, 100, 2))
+        executor.shutdown()
+        group._dispatch.validate()
+        assert group._dispatch.idle and group._attending.owed is None and not executor._pending_work_items
+
+
+def test_a_ctrl_c_between_any_two_steps_of_apply_harms_nobody_else(pool: Any) -> None:
+    group = pool._group
+
+    def interrupted(at: int) -> tuple[bool, int]:
+        interrupt = Interrupt(at)
+        try:
+            with interrupt:
+                assert pool.apply(double, (at,)) == 2 * at
+            return False, at - interrupt.left
+        except KeyboardInterrupt:
+            assert pool.apply(double, (4,)) == 8
+            return True, at
+
+    steps = max(interrupted(1_000_000)[1] for _ in range(50))
+    assert steps > 40
+    assert all(any(interrupted(at)[0] for _ in range(30)) for at in range(1, steps // 2))
+    for at in range(steps // 2, steps + 1):
+        interrupted(at)
+    assert pool.map(double, range(50)) == list(range(0, 100, 2))
+    pool.close()
+    pool.join()
+    group._dispatch.validate()
+    assert group._dispatch.idle
+
+
+def test_who_is_called_back_is_called_by_the_other_thread(fifos: tuple[str, str]) -> None:
+    begun, go = fifos
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor:
+        executor.submit(double, 1).result()
+        called: list[int] = []
+        future = executor.submit(begin_and_wait, begun, go)
+        future.add_done_callback(lambda done: called.append(threading.get_ident()))
+        wait_for(begun)
+        thread = threading.Thread(target=touch, args=(go,))
+        thread.start()
+        assert future.result() == 1
+        thread.join(PATIENCE_S)
+    assert len(called) == 1 and threading.get_ident() not in called
+
+
+def test_a_future_that_raises_that_is_large_and_that_takes_its_time(fifos: tuple[str, str]) -> None:
+    begun, go = fifos
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor:
+        with pytest.raises(ValueError, match="invalid literal"):
+            executor.submit(int, "x").result()
+        assert executor.submit(bytes, 1 << 20).result() == bytes(1 << 20)
+        assert executor.submit(bytes, 100_000).result() == bytes(100_000)
+        future = executor.submit(begin_and_wait, begun, go)
+        wait_for(begun)
+        with pytest.raises(TimeoutError):
+            future.result(0.01)
+        with pytest.raises(TimeoutError):
+            future.result(0)
+        waiting = [threading.Thread(target=future.result) for _ in range(3)]
+        for thread in waiting:
+            thread.start()
+        touch(go)
+        assert future.result() == 1
+        for thread in waiting:
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
+def test_a_worker_dies_while_one_waits_for_its_future() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor:
+        executor.submit(double, 1).result()
+        with pytest.raises(BrokenProcessPool):
+            executor.submit(die).result()
+
+
+def test_a_future_that_was_waited_for_keeps_nothing() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor:
+            for wait in (True, False):
+                thing = Argument()
+                kept = weakref.ref(thing)
+                future = executor.submit(is_argument, thing)
+                del thing
+                if not wait:
+                    concurrent.futures.wait([future], PATIENCE_S)
+                assert future.result(PATIENCE_S)
+                ended = weakref.ref(future)
+                del future
+                executor.submit(double, 1).result()
+                executor.submit(double, 1).result()
+                assert kept() is None and ended() is None
+    finally:
+        gc.enable()

@@ -129,7 +129,7 @@ def test_cannot_be_pickled() -> None:
 def test_submit_returns_the_value(context: Any) -> None:
     with ProcessPoolExecutor(2, context) as executor:
         future = executor.submit(pow, 2, 8)
-        assert type(future) is stdlib.Future
+        assert isinstance(future, stdlib.Future)
         assert future.result(PATIENCE_S) == 256
 
 

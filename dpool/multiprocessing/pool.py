@@ -318,6 +318,15 @@ class ApplyResult(_stdlib.ApplyResult):  # type: ignore[type-arg]
     def set(self, first: int, values: Sequence[Any]) -> None:
         self._settle(True, values[0])
 
+    def set_alone(self, value: Any) -> bool:
+        """For apply(), whose caller alone has this."""
+        self._success = True
+        self._value = value
+        self._cache.pop(self._job, None)
+        self._pool = None
+        self._done = True
+        return True
+
     def fail(self, index: int, failure: Failure) -> None:
         self._settle(False, to_exception(failure))
 

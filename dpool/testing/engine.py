@@ -137,7 +137,7 @@ class InProcessGroup:
             timing = Timing()
         return Stream(self, self._add(Job(known, timing, mode, [], sink, open=True)), as_pushed)
 
-    def attend(self, job: Job) -> None:
+    def attend(self, job: Job, timeout: float | None = None) -> None:
         """Leaves it to the group's thread."""
 
     def cancel(self, job: Job) -> int:

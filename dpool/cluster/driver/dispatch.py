@@ -78,12 +78,15 @@ class Job:
             return self.items[task]
         return tuple(self.items[task * self.chunk:(task + 1) * self.chunk])
 
+# Stages of a batch.
+TAKEN, LEAVING, LEFT = range(3)
+
 
 class Batch:
     """Tasks that travel together: either task 0 of each of `jobs`, or tasks first, first+1, ... of `job`."""
 
-    __slots__ = ("number", "function", "timing", "mode", "jobs", "job", "first", "reported", "stop", "sent_at",
-                 "steal_at")
+    __slots__ = ("number", "function", "timing", "mode", "jobs", "job", "first", "reported", "stop", "sender",
+                 "stage", "sent_at", "steal_at")
 
     def __init__(self, number: int, job: Job, jobs: list[Job] | None, first: int, count: int, now: float) -> None:
         self.number = number
@@ -95,6 +98,9 @@ class Batch:
         self.first = first
         self.reported = 0  # tasks before this one have had their outcome reported by the worker
         self.stop = count  # tasks from this one on are not the batch's any more: they were taken back
+        # The thread that is to send it, and how far it has come; for the group, if that is interrupted.
+        self.sender = 0
+        self.stage = TAKEN
         self.sent_at = now
         self.steal_at = now + STEAL_AFTER_S
 
@@ -136,9 +142,10 @@ class Dispatch:
         if job.open:
             self.streams[job] = None
         if job.unsettled:
+            # The call comes last: only after calls may a Ctrl-C come.
             job.queued = True
-            self.queue.append(job)
             self.queued += job.unsettled
+            self.queue.append(job)
 
     def extend(self, job: Job, items: Sequence[Any]) -> None:
         """An open job has grown by these tasks (its chunk is 1). They are dropped if it was sealed, or cancelled."""
@@ -213,23 +220,29 @@ class Dispatch:
             # Calls of one task each: those of the same function that stand next to each other travel together.
             jobs = []
             function, mode, asks_start = job.function, job.mode, job.asks_start
-            while size and queue:
-                job = queue[0]
+            for job in queue:
                 if (job.function is not function or job.mode != mode or job.asks_start != asks_start or job.open
                         or job.chunk != 1 or len(job.items) != 1 or job.returned):
                     break
-                queue.popleft()
+                jobs.append(job)
+                if len(jobs) == size:
+                    break
+            job, first, count = jobs[0], 0, len(jobs)
+        number = self._number + 1
+        batch = Batch(number, job, jobs, first, count, now)
+        # From here on no step may be missing. A Ctrl-C can only come after a call, and there is none before the first
+        # popleft(); so a single call, whose caller may well be at a terminal, is in one place at any time.
+        self._number = number
+        self.inflight[number] = batch
+        self.queued -= count
+        if jobs is not None:
+            for job in jobs:
                 job.queued = False
                 job.next = 1
-                jobs.append(job)
-                size -= 1
-            job, first, count = jobs[0], 0, len(jobs)
-        if jobs is None and not self._waiting(job):
-            queue.popleft()
+                queue.popleft()
+        elif not self._waiting(job):
             job.queued = False
-        self.queued -= count
-        self._number += 1
-        batch = self.inflight[self._number] = Batch(self._number, job, jobs, first, count, now)
+            queue.popleft()
         return batch
 
     def unsend(self, batch: Batch) -> None:
@@ -285,6 +298,17 @@ class Dispatch:
         if executed:
             batch.timing.estimate_ns = blend(batch.timing.estimate_ns, run_ns // executed)
         self._take_back(batch, batch.reported)
+
+    def finish(self, number: int, run_ns: int) -> None:
+        """report() and done() for a batch of one call, which was run. If it is interrupted, at any step, it is to be
+        called again."""
+        batch = self.inflight.get(number)
+        if batch is not None and batch.jobs is not None:
+            batch.jobs[0].unsettled = 0
+            batch.reported = 1
+            batch.timing.result_bytes = 0
+            batch.timing.estimate_ns = blend(batch.timing.estimate_ns, run_ns)
+            self.inflight.pop(number, None)
 
     def died(self, number: int, running: int, ended: bool = False) -> tuple[Job, int] | None:
         """The worker of batch `number` died in its task `running`. What it had not reported is queued again, but for

@@ -13,7 +13,8 @@ import threading
 import time
 
 from dpool import engine
-from dpool.cluster.driver.dispatch import NODE_LOSSES, Batch, Dispatch, Job
+from dpool.cluster.driver.attending import Attending
+from dpool.cluster.driver.dispatch import LEAVING, LEFT, NODE_LOSSES, TAKEN, Batch, Dispatch, Job
 from dpool.cluster.driver.functions import table
 from dpool.cluster.driver.incoming import Incoming, tell
 from dpool.cluster.driver.outgoing import Refused, TooManyRefs, encode, explain
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from dpool.cluster.driver.port import NearPort, Port
+    from dpool.cluster.driver.port import Port
     from dpool.engine import GroupSpec, Sink
 
 # A batch that no worker is in is given up as lost after a worker's death if it still is in none after this time.
@@ -77,10 +78,8 @@ class Group:
         self._timer_armed = False
         self._stopped: set[int] = set()  # slots whose workers were ended to stop a task, until they are dead
         self._lent: set[int] = set()  # batches that were sent a segment of the store's
-        # Results are received by a thread that waits for one, not by the I/O thread; guarded by _lock, which is also
-        # held while the port is told. _attending is held by that thread.
-        self._attended = False
-        self._attending = threading.Lock()
+        self._attending = (Attending(self._lock, self._dispatch, port, self._lent)  # type: ignore[arg-type]
+                           if port.shares_memory else None)
         self._pid = os.getpid()
         self._elsewhere = not port.shares_memory  # workers have not this process's __main__
         self._store = store.current()
@@ -99,44 +98,21 @@ class Group:
         self._add(job, attended)
         return job
 
-    def attend(self, job: Job) -> None:
-        """Receive the outcome of `job` in this thread, which would only wait for it: two threads need not be woken one
-        after the other. Blocks until it is there or other things happen in the group; then the I/O thread sees to it.
-
-        The job must have been submitted with `attended`, and its sink must not mind in which thread it is told.
-        """
-        near: NearPort = self.port  # type: ignore[assignment]
-        attending = near.shares_memory and self._attending.acquire(False)
-        try:
-            while attending and job.unsettled:
-                with self._lock:
-                    if len(self._dispatch.inflight) != 1 or self._dispatch.queue or self._ended is not None:
-                        break
-                    if not self._attended:
-                        try:
-                            near.lead()
-                        except OSError:  # no descriptor is left for it
-                            break
-                        self._attended = True
-                message = near.receive_alone()
-                if message is None:
-                    break
-                self._on_results(message[1], message[2])
-                if self._closing or not self._attended:
-                    self.port.wake()  # the I/O thread waits for this result, too
-        finally:
-            if job.unsettled:
-                self._unattend()
-            if attending:
-                self._attending.release()
+    def attend(self, job: Job, timeout: float | None = None) -> None:
+        """Receive the outcome of `job` in this thread, which would only wait for it: see attending.py. Blocks until it
+        is there, `timeout` seconds have passed, or other things happen in the group; then the I/O thread sees to it."""
+        attending = self._attending
+        if attending is None or self._pid != os.getpid():
+            return
+        if attending.wait(job, timeout):
+            self._pump()
+            if self._closing or not attending.leads:
+                self.port.wake()  # the I/O thread waits for this result, too
 
     def _unattend(self) -> None:
         """Results are the I/O thread's again."""
-        with self._lock:
-            if self._attended:
-                near: NearPort = self.port  # type: ignore[assignment]
-                self._attended = False
-                near.follow()
+        if self._attending is not None and self._attending.leads:
+            self._attending.give_up()
 
     def submit_many(self, function: Callable[..., Any], items: Sequence[Any], mode: int, sink: Sink,
                     chunk: int = 1) -> Job:
@@ -227,25 +203,60 @@ class Group:
         if self._pid != os.getpid():
             raise ForeignProcess(f"this pool was created in process {self._pid} and serves only that process; "
                                  f"this is process {os.getpid()}: create a pool of its own here")
-        with self._lock:
-            if self._ended is not None:
-                raise type(self._ended)(*self._ended.args) from self._ended.__cause__
-            if self._closing:
-                raise GroupClosed("this pool is closed: it takes no more tasks")
-            self._dispatch.add(job)
-            dispatch = self._dispatch
-            # The common case, in the same breath: a worker has room, and no more of them need be started.
-            here = dispatch.has_credit and (not self.spec.on_demand or dispatch.workers >= self.spec.processes)
-            batch = dispatch.next_batch(self._now()) if here else None
-        if self._attended and not attended:
-            self._unattend()
-        if batch is None or self._send(batch):
-            self._pump()
+        try:
+            with self._lock:
+                if self._ended is not None:
+                    raise type(self._ended)(*self._ended.args) from self._ended.__cause__
+                if self._closing:
+                    raise GroupClosed("this pool is closed: it takes no more tasks")
+                dispatch = self._dispatch
+                dispatch.add(job)
+                # The common case, in the same breath: a worker has room, and no more of them need be started.
+                here = dispatch.has_credit and (not self.spec.on_demand or dispatch.workers >= self.spec.processes)
+                batch = self._next_batch() if here else None
+            if not attended:
+                self._unattend()
+            if batch is None or self._send(batch):
+                self._pump()
+        except BaseException:
+            self._put_back()
+            raise
 
     # -- sending
 
+    def _put_back(self) -> None:
+        """This thread was interrupted, by Ctrl-C or the like: what it has taken out of the queue and not sent goes back."""
+        me = threading.get_ident()
+        with self._lock:
+            mine = [batch for batch in self._dispatch.inflight.values()
+                    if batch.stage != LEFT and batch.sender in (0, me)]  # 0 is only seen if this thread has left it
+            for batch in mine:
+                if batch.stage == TAKEN:
+                    self._dispatch.unsend(batch)
+                else:  # it may have been sent
+                    self._suspects[batch.number] = self._now() + LOST_AFTER_S
+        for batch in mine:
+            if batch.stage == TAKEN and batch.number in self._lent:
+                self._lent.discard(batch.number)
+                self._store.unsent((self, batch.number))
+        self.port.wake()
+
+    def _next_batch(self) -> Batch | None:
+        """What this thread is to send next. With the lock held."""
+        batch = self._dispatch.next_batch(self._now())
+        if batch is not None:
+            batch.sender = threading.get_ident()
+        return batch
+
     def _pump(self) -> None:
         """Send batches while there are tasks and credits."""
+        try:
+            self._send_all()
+        except BaseException:
+            self._put_back()
+            raise
+
+    def _send_all(self) -> None:
         dispatch = self._dispatch
         if not dispatch.queue:
             return
@@ -258,7 +269,7 @@ class Group:
         # Read without the lock: a result that frees a credit is followed by a pump of the I/O thread's own.
         while dispatch.queue and dispatch.has_credit:
             with self._lock:
-                batch = dispatch.next_batch(self._now())
+                batch = self._next_batch()
             if batch is None or not self._send(batch):
                 break
 
@@ -282,17 +293,14 @@ class Group:
             return self._send_less(batch)
         except ObjectStoreFull as error:
             return self._wait_for_room(batch, error)
-        except BaseException:  # Ctrl-C
-            with self._lock:
-                if batch.number in self._dispatch.inflight:
-                    self._dispatch.unsend(batch)
-            raise
         if message.lent:
             self._lent.add(batch.number)
+        batch.stage = LEAVING
         try:
             sent = self.port.send(message.parts, message.descriptors)
         except OSError:
             sent = False  # terminated meanwhile: whoever did that reports the tasks
+        batch.stage = LEFT if sent else TAKEN
         if message.lent and not sent:
             self._lent.discard(batch.number)
             self._store.unsent(holder)
@@ -374,8 +382,9 @@ class Group:
                 self._on_death(what)
             else:
                 self._on_news(kind, what)
-        if self._attended:
-            self._unattend()  # whatever it was may have been the end of what is waited for
+        self._unattend()  # whatever it was may have been the end of what is waited for
+        if self._attending is not None and self._attending.owed is not None:
+            self._attending.settle()
         if dispatch.stopping:
             self._stop_running()
         if deadline is not None:

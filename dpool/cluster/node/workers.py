@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import math
 import mmap
 import os
 import select
@@ -86,11 +87,12 @@ class Workers:
         self._poll.register(self._bell.descriptor, select.EPOLLIN)
         self._results_fd = self.results.fileno()
         self._views = [memoryview(bytearray(frames.RECEIVE_BYTES))]
-        # For receive_alone(), made when it is first needed: what it waits with, what it receives into, and the bell
-        # that ends the waiting.
+        # For peek(), made when it is first needed: what it waits with, what it receives into, and the bell that ends
+        # the waiting.
         self._alone: Any = None
         self._alone_views = self._views
         self._leave: Bell | None = None
+        self._rung = False
         _all.add(self)
 
     def _can_split(self) -> bool:
@@ -251,32 +253,46 @@ class Workers:
     # -- results in another thread than poll()'s
 
     def lead(self) -> None:
-        """From here on poll() sees no results; receive_alone() does."""
+        """From here on poll() sees no results; peek() does."""
         if self._leave is None:
-            self._leave = Bell()
+            leave = Bell()
             self._alone_views = [memoryview(bytearray(frames.RECEIVE_BYTES))]
             self._alone = select.poll()
             self._alone.register(self._results_fd, select.POLLIN)
-            self._alone.register(self._leave.descriptor, select.POLLIN)
-        self._leave.silence()
+            self._alone.register(leave.descriptor, select.POLLIN)
+            self._leave = leave  # last: an interrupt may come before
+        if self._rung:
+            self._rung = False
+            self._leave.silence()
         self._poll.modify(self._results_fd, 0)
 
-    def receive_alone(self) -> tuple[int, memoryview, list[int]] | None:
-        """Wait for the next message, None if follow() is called first. For one thread at a time."""
-        for descriptor, _ in self._alone.poll():
-            if descriptor == self._results_fd:
-                try:
-                    return self._receive(self._alone_views)
-                except OSError:  # closed
-                    break
-        return None
+    def peek(self, timeout: float | None) -> memoryview | None:
+        """The next message, left where it is; None if it has descriptors, or if none has come when follow() is called
+        or `timeout` seconds have passed. For one thread at a time."""
+        if timeout != 0:
+            ready = self._alone.poll(None if timeout is None else max(math.ceil(timeout * 1000), 0))
+            if not ready or ready[0][0] != self._results_fd:
+                return None
+        try:
+            size, _, flags, _ = self.results.recvmsg_into(self._alone_views, 0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+        except OSError:  # somebody else was faster; or it is closed
+            return None
+        return None if flags & socket.MSG_CTRUNC else self._alone_views[0][:size]
 
-    def follow(self) -> None:
-        """poll() sees results again, receive_alone() returns."""
-        leave = self._leave
-        if not self._closed and leave is not None:
+    def consume(self) -> None:
+        """Take the message that peek() has returned."""
+        try:
+            self.results.recv(1, socket.MSG_DONTWAIT)
+        except OSError:
+            pass
+
+    def follow(self, ring: bool) -> None:
+        """poll() sees results again. With `ring`, peek() returns in the thread that is in it."""
+        if not self._closed and self._leave is not None:
             self._poll.modify(self._results_fd, select.EPOLLIN)
-            leave.ring()
+            if ring:
+                self._rung = True
+                self._leave.ring()
 
     def _receive(self, views: list[memoryview]) -> tuple[int, memoryview, list[int]] | None:
         try:

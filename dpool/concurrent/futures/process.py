@@ -1,7 +1,7 @@
 """`concurrent.futures.process` with dpool's ProcessPoolExecutor: the standard library's promises over a worker group.
 
-Translates between the two and decides nothing about where tasks run. Future, wait(), as_completed() and the exceptions
-are the standard library's own.
+Translates between the two and decides nothing about where tasks run. wait(), as_completed() and the exceptions are the
+standard library's own, and so are futures, but for how result() waits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import _base
 from concurrent.futures import process as _stdlib
-from concurrent.futures._base import CancelledError, Future, InvalidStateError
+from concurrent.futures._base import FINISHED, RUNNING, CancelledError, InvalidStateError
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import util
 
@@ -138,7 +139,7 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
 
     # -- calls
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> _base.Future[Any]:
         """Queue `fn(*args, **kwargs)` and return its Future; does not block.
 
         Raises BrokenProcessPool if the executor is broken, RuntimeError after shutdown() and in a forked child. What
@@ -147,11 +148,14 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
         group = self._group
         if group is None or self._shutdown_thread or _exiting:
             group = self._open()
-        future: Future[Any] = Future()
+        future = Future()
         call = _Call(future, self._pending_work_items, next(self._numbers), fn, args, kwargs)
         self._pending_work_items[call.number] = call
         try:
-            group.submit(fn, args, kwargs, call, True)
+            job = group.submit(fn, args, kwargs, call, True)
+            future._waits = (group, job)
+            if not job.unsettled:
+                future._waits = None
         except _REFUSALS as error:
             del self._pending_work_items[call.number]
             raise self._refusal(error) from error.__cause__
@@ -361,12 +365,33 @@ class _Unsendable(Exception):
         self.reason = reason
 
 
+class Future(_base.Future):  # type: ignore[type-arg]
+    """The standard library's Future. A thread that waits in result() may receive the result itself, which is quicker
+    than being woken by another one that has."""
+
+    # The group and what it calls this future's call, until it has an outcome.
+    _waits: tuple[Any, Any] | None = None
+
+    def result(self, timeout: float | None = None) -> Any:
+        """See concurrent.futures.Future."""
+        waits = self._waits
+        if waits is not None and self._state == RUNNING:
+            if timeout is None:
+                waits[0].attend(waits[1])
+            elif timeout > 0:
+                deadline = time.monotonic() + timeout
+                waits[0].attend(waits[1], timeout)
+                timeout = max(deadline - time.monotonic(), 0)
+            waits = None
+        return super().result(timeout)
+
+
 class _Call:
     """One submit(): the Sink that resolves its Future, and the look-alike of the standard library's work item."""
 
     __slots__ = ("future", "pending", "number", "fn", "args", "kwargs", "started")
 
-    def __init__(self, future: Future[Any], pending: dict[int, Any], number: int, fn: Callable[..., Any],
+    def __init__(self, future: Future, pending: dict[int, Any], number: int, fn: Callable[..., Any],
                  args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.future = future
         self.pending = pending
@@ -382,11 +407,26 @@ class _Call:
         if self.future.set_running_or_notify_cancel():
             self.started = True
             return True
-        self.pending.pop(self.number, None)
+        self._settle()
         return False
 
-    def set(self, first: int, values: Sequence[Any]) -> None:
+    def _settle(self) -> None:
         self.pending.pop(self.number, None)
+        self.future._waits = None
+
+    def set_alone(self, value: Any) -> bool:
+        future: Any = self.future
+        condition = future._condition
+        with condition:
+            if future._done_callbacks or future._waiters or condition._waiters:
+                return False
+            future._result = value
+            future._state = FINISHED
+        self._settle()
+        return True
+
+    def set(self, first: int, values: Sequence[Any]) -> None:
+        self._settle()
         try:
             self.future.set_result(values[0])
         except InvalidStateError:
@@ -395,7 +435,7 @@ class _Call:
             _report()
 
     def fail(self, index: int, failure: Failure) -> None:
-        self.pending.pop(self.number, None)
+        self._settle()
         try:
             self.future.set_exception(to_exception(failure))
         except InvalidStateError:
