@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from multiprocessing import get_context
 from pathlib import Path
 
 import deeds
@@ -36,7 +35,7 @@ from dpool.cluster.wire import keys as cluster_keys
 from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, DriverKeys, Keys
 from dpool.cluster_engine import ClusterEngine
 from dpool.errors import ClusterError, KeyProblem
-from dpool.multiprocessing import Pool
+from dpool.multiprocessing import Pool, get_context
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +266,7 @@ def _listening(pids: Iterable[int]) -> list[str]:
 
 def test_without_a_cluster_nobody_listens() -> None:
     before = _listening([os.getpid()])
-    with Pool(2, context=get_context("forkserver")) as pool:
+    with get_context("forkserver").Pool(2) as pool:
         assert pool.map(len, [dpool.put(bytes(1 << 20))] * 4, chunksize=1) == [1 << 20] * 4
         assert _listening([os.getpid(), *(worker.pid for worker in workers_of(pool))]) == before == []
 
