@@ -24,7 +24,8 @@ FLOORS: dict[str, set[str]] = {
     "batching": set(),
     "resources": set(),
     "engine": {"errors"},
-    "replacing": set(),  # what it puts in for the names it takes from a table, when their modules are imported
+    "noticing": set(),
+    "replacing": {"noticing"},  # what it puts in for the names it takes from a table, when their modules are imported
     "cluster": set(),
     "cluster.wire": WIRE,
     "cluster.store": STORE,
@@ -40,7 +41,7 @@ FLOORS: dict[str, set[str]] = {
     "multiprocessing": DOOR,
     "concurrent": DOOR,
     "asyncio": DOOR,
-    "joblib": DOOR | {"objects"},  # arrays are objects, for workers of a cluster
+    "joblib": DOOR | {"objects", "noticing"},  # arrays are objects, for workers of a cluster
     "objects": DOOR | {"cluster.store"},
     "dpool": {"joblib"},  # the face watches for joblib; every other name of it is found when it is asked for
     "cli": WIRE | {"cluster.driver", "cluster.head", "cluster.node", "cluster.launch", "session", "replacing"},

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import sys
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
-    from typing import Any
+from dpool.noticing import notice
 
 __all__ = ["register"]
 
 NAME = "dpool"
 _default = False  # whether joblib is to take it for calls that name none
+_watching = False
 # The module that holds joblib's table of backends; once it has run, a backend can be entered.
 _TABLE = "joblib.parallel"
 
@@ -39,61 +36,18 @@ def register(make_default: bool = False) -> None:
 
 def watch(make_default: bool = False) -> None:
     """Register now if joblib is loaded, else in the moment it is; `make_default` as in register(), from here on."""
-    global _default
+    global _default, _watching
     _default = _default or make_default
     if hasattr(sys.modules.get(_TABLE), "register_parallel_backend"):
-        _register_quietly()
-    elif not any(type(finder) is _Watch for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+        _register_quietly(_TABLE)
+    elif not _watching:
+        _watching = True
+        notice([_TABLE], _register_quietly)
 
 
-def _register_quietly() -> None:
+def _register_quietly(_: str) -> None:
     """A joblib that is too old must still be importable: only register() itself complains."""
     try:
         register(_default)
     except ImportError:
         pass
-
-
-class _Watch:
-    """Stands first among the import finders, and finds nothing but the moment in which joblib is imported."""
-
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _TABLE:
-            return None
-        try:
-            sys.meta_path.remove(self)
-        except ValueError:
-            return None  # another thread is at it
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = find(name, path, target) if find is not None else None
-            if spec is not None:
-                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
-                return spec
-        return None
-
-
-class _Loader:
-    """joblib's own loader, but for what is done after it; it leaves no trace of itself in the module."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)  # type: ignore[no-any-return]
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        try:
-            self._loader.exec_module(module)
-        except BaseException:
-            watch()  # the import failed and may be tried again
-            raise
-        _register_quietly()

@@ -10,9 +10,10 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
+from dpool.noticing import notice
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
     from typing import Any
 
 __all__ = ["install", "installed"]
@@ -40,7 +41,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    sys.meta_path.insert(0, _Finder())
+    notice({_SPAWN, *_NAMES, *_OURS} - set(sys.modules), _loaded)
     for name in (_SPAWN, *_NAMES):
         if name in sys.modules:
             _loaded(name)
@@ -136,44 +137,3 @@ def _pass_on(spawn: Any) -> None:
         return {"dpool": _Again(), **prepared(name)}
 
     spawn.get_preparation_data = get_preparation_data
-
-
-# -- imports
-
-
-class _Finder:
-    """Stands first among the import finders, and finds nothing but the moment in which a module is imported."""
-
-    def __init__(self) -> None:
-        self._left = {_SPAWN, *_NAMES, *_OURS} - set(sys.modules)
-
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in self._left:
-            return None
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None) if finder is not self else None
-            spec: ModuleSpec | None = find(name, path, target) if find is not None else None
-            if spec is not None:
-                spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
-                return spec
-        return None
-
-
-class _Loader:
-    """The module's own loader, but for what is done after it; it leaves no trace of itself in the module."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)  # type: ignore[no-any-return]
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        _loaded(module.__name__)

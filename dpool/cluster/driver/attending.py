@@ -8,7 +8,6 @@ caller finds it, each step may be done again, and the I/O thread ends what was b
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
 
 from dpool.cluster.wire import frames, pickling
 
@@ -25,13 +24,16 @@ if TYPE_CHECKING:
 _SIMPLE = frames.DONE | frames.ONE_PICKLE
 
 
-class Owed(NamedTuple):
-    """A result that somebody has begun to take in."""
+class Owed:
+    """A result that somebody has begun to take in: of batch `number`, whose task took `run_ns`."""
 
-    number: int  # the batch's
-    run_ns: int
-    sink: AttendedSink
-    value: Any
+    __slots__ = ("number", "run_ns", "sink", "value")
+
+    def __init__(self, number: int, run_ns: int, sink: AttendedSink, value: Any) -> None:
+        self.number = number
+        self.run_ns = run_ns
+        self.sink = sink
+        self.value = value
 
 
 class Attending:

@@ -225,7 +225,7 @@ class Group:
     # -- sending
 
     def _put_back(self) -> None:
-        """This thread was interrupted, by Ctrl-C or the like: what it has taken out of the queue and not sent goes back."""
+        """This thread was interrupted, by Ctrl-C or the like: what it has taken out and not sent goes back."""
         me = threading.get_ident()
         with self._lock:
             mine = [batch for batch in self._dispatch.inflight.values()

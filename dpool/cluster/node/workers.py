@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 _SOCKET_BUFFER_BYTES = 1 << 20
 # How long a worker may take to die of SIGTERM, for handlers of the user's, before SIGKILL.
 TERMINATE_GRACE_S = 1.0
+# As plain numbers: what `|` and `&` of the enum's members cost is a microsecond each.
+_AT_ONCE = int(socket.MSG_DONTWAIT)
+_RECEIVE = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_PEEK = int(socket.MSG_DONTWAIT | socket.MSG_PEEK)
 _CONTROL_BYTES = socket.CMSG_SPACE((frames.MAX_DESCRIPTORS + 2) * 4)
 
 
@@ -90,7 +94,7 @@ class Workers:
         # For peek(), made when it is first needed: what it waits with, what it receives into, and the bell that ends
         # the waiting.
         self._alone: Any = None
-        self._alone_views = self._views
+        self._alone_view = self._views[0]
         self._leave: Bell | None = None
         self._rung = False
         _all.add(self)
@@ -204,7 +208,7 @@ class Workers:
             data = b"".join(d.to_bytes(4, "little") for d in descriptors)
             control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, data)]
         try:
-            self.tasks.sendmsg(parts, control, socket.MSG_DONTWAIT)
+            self.tasks.sendmsg(parts, control, _AT_ONCE)
         except BlockingIOError:
             return False
         return True
@@ -256,7 +260,7 @@ class Workers:
         """From here on poll() sees no results; peek() does."""
         if self._leave is None:
             leave = Bell()
-            self._alone_views = [memoryview(bytearray(frames.RECEIVE_BYTES))]
+            self._alone_view = memoryview(bytearray(frames.RECEIVE_BYTES))
             self._alone = select.poll()
             self._alone.register(self._results_fd, select.POLLIN)
             self._alone.register(leave.descriptor, select.POLLIN)
@@ -267,22 +271,22 @@ class Workers:
         self._poll.modify(self._results_fd, 0)
 
     def peek(self, timeout: float | None) -> memoryview | None:
-        """The next message, left where it is; None if it has descriptors, or if none has come when follow() is called
-        or `timeout` seconds have passed. For one thread at a time."""
+        """The next message, left where it is, without its descriptors; None if none has come when follow() is called or
+        `timeout` seconds have passed. For one thread at a time."""
         if timeout != 0:
             ready = self._alone.poll(None if timeout is None else max(math.ceil(timeout * 1000), 0))
             if not ready or ready[0][0] != self._results_fd:
                 return None
         try:
-            size, _, flags, _ = self.results.recvmsg_into(self._alone_views, 0, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+            size = self.results.recv_into(self._alone_view, 0, _PEEK)
         except OSError:  # somebody else was faster; or it is closed
             return None
-        return None if flags & socket.MSG_CTRUNC else self._alone_views[0][:size]
+        return self._alone_view[:size]
 
     def consume(self) -> None:
         """Take the message that peek() has returned."""
         try:
-            self.results.recv(1, socket.MSG_DONTWAIT)
+            self.results.recv(1, _AT_ONCE)
         except OSError:
             pass
 
@@ -297,7 +301,7 @@ class Workers:
     def _receive(self, views: list[memoryview]) -> tuple[int, memoryview, list[int]] | None:
         try:
             size, control, _, _ = self.results.recvmsg_into(
-                views, _CONTROL_BYTES, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+                views, _CONTROL_BYTES, _RECEIVE)
         except BlockingIOError:
             return None
         return MESSAGE, views[0][:size], _descriptors(control) if control else []

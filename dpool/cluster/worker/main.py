@@ -116,11 +116,12 @@ class Worker:
         buffer = memoryview(self.buffer)
         ancillary = socket.CMSG_SPACE((frames.MAX_DESCRIPTORS + 2) * 4)
         receive = self.tasks.recvmsg_into
+        flags, cut = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)  # the enum's own `&` takes a microsecond
         while self.left > 0:
-            size, control, received, _ = receive([buffer], ancillary, socket.MSG_CMSG_CLOEXEC)
+            size, control, received, _ = receive([buffer], ancillary, flags)
             if not size:
                 return
-            self._batch(buffer[:size], _descriptors(control), bool(received & socket.MSG_CTRUNC))
+            self._batch(buffer[:size], _descriptors(control), bool(received & cut))
 
     def report(self, *_: object) -> None:
         """SIGURG: the node asks for what is finished, since a task takes long. Runs in the midst of that task, as soon
