@@ -54,6 +54,9 @@ FORGOTTEN_WITHIN_S = 100.0
 # Where nothing happens to the network, the part of a driver that has died has ended within this time: what a node waits
 # for one whose connection has ended, and a little.
 DEAD_WITHIN_S = 8.0
+# And what a driver has stopped is over: a worker may be in a batch of other tasks first.
+STOPPED_WITHIN_S = 20.0
+ENDLESS_S = 1000.0
 # No fault begins later.
 FAULTS_UNTIL_S = 30.0
 
@@ -100,8 +103,17 @@ class Sink:
         self.driver = driver
         self.number = number
         self.kinds = kinds
-        self.left = len(kinds)
         self.known: set[int] = set()
+        self.job: Any = None  # the group's
+        self.endless = False  # some of its tasks do not end until they are stopped
+        self.stopped_at: float | None = None
+
+    @property
+    def left(self) -> int:
+        """Tasks that have no outcome yet and will have one. Of a job that was stopped some have none, and are over."""
+        if self.stopped_at is not None:
+            return int(self.job.unsettled)
+        return len(self.kinds) - len(self.known)
 
     def start(self) -> bool:
         return True
@@ -124,7 +136,7 @@ class Sink:
             if history.lost_with[key] == history.losses + 1:
                 return
         elif isinstance(error, WorkerDied):
-            if history.died_in[key] > self.driver.spec.retries:
+            if history.died_in[key] > self.driver.spec.retries or self.stopped_at is not None:
                 return
         raise Violation(f"task {key} failed without cause: {error!r}")
 
@@ -132,7 +144,6 @@ class Sink:
         if task in self.known:
             raise Violation(f"task {task} of job {self.number} was told twice")
         self.known.add(task)
-        self.left -= 1
 
 
 class Watched(Dispatch):
@@ -373,15 +384,40 @@ class Driver:
         sink = Sink(history, self, number, kinds)
         self.sinks.append(sink)
         if single:
-            group.submit(function, (items[0],), {}, sink)
+            sink.job = group.submit(function, (items[0],), {}, sink)
         else:
-            group.submit_many(function, items, engine.MAP, sink)
+            sink.job = group.submit_many(function, items, engine.MAP, sink)
         self.to_submit -= 1
         self._forget_some()
         self.port._owner = owner
+        if history.stops is not None and history.stops.random() < 0.4:
+            sink.endless = True
+            history.world.after(history.stops.choice([0.0, 0.05, 1.0, 5.0]) * history.stops.random(),
+                                lambda: self._stop(sink))
         # In a calm history an object that one pool had stays for the other.
         if not self.to_submit and random.random() < 0.5 and (len(self.pools) == 1 or history.kind != CALM):
             group.close()
+
+    def _stop(self, sink: Sink) -> None:
+        """The program, in another thread, wants nothing more of a job."""
+        history = self.history
+        if not self.process.alive or self.group is None or not sink.left:
+            return
+        if self.process.frozen:
+            history.world.after(0.5, lambda: self._stop(sink))
+            return
+        owner, self.port._owner = self.port._owner, 0
+        sink.stopped_at = history.world.now
+        dropped = self.group.stop(sink.job)
+        self.port._owner = owner
+        history.world.say(f"{self.name} stops job {sink.number}: {dropped} tasks of it are dropped")
+        if history.kind == CALM:
+            history.world.after(STOPPED_WITHIN_S, lambda: self._check_stopped(sink))
+
+    def _check_stopped(self, sink: Sink) -> None:
+        if sink.left:
+            raise Violation(f"job {sink.number} was stopped {STOPPED_WITHIN_S:.0f} s ago, and {sink.left} of its tasks "
+                            f"are not over")
 
     def _forget_some(self) -> None:
         """The program lets go of an object that no task needs any more."""
@@ -461,6 +497,9 @@ class History:
         # Which processes can have bulk connections, and to which hosts they cannot be made: for the same reason.
         self._bulk = self.network.bulk_random = Random(f"bulk connections, seed {seed}")
         self.network.bulk_share = self._bulk.choice([0.0, 1.0, 1.0, 0.7])
+        # By what jobs are stopped, in the same way; None where none is.
+        stops = Random(f"jobs that are stopped, seed {seed}")
+        self.stops = stops if stops.random() < 0.25 else None
         self.gave_up = False  # a driver has given up a node
         self.begun: Counter[Key] = Counter()
         self.given_back: Counter[Key] = Counter()
@@ -521,6 +560,8 @@ class History:
                             f"{self.given_back[key]} times")
         if sink.kinds[key[1]] == POISON:
             return None
+        if sink.endless and self.stops is not None and self.stops.random() < 0.3:
+            return ENDLESS_S
         random = self.world.random
         return self.tempo * random.random() * (self.tail if random.random() < 0.05 else 1.0)
 
@@ -638,7 +679,7 @@ class History:
                  if spreading.FETCH_MIN_BYTES <= len(self.contents[key]) < count]
         if self.kind == CALM and twice:
             raise Violation(f"objects came more than once to a node: {twice}")
-        if self.kind in (CALM, BRIEF):
+        if self.kind in (CALM, BRIEF) and self.stops is None:
             again = [key for key, count in self.begun.items() if count != 1]
             if again:
                 raise Violation(f"tasks were run more than once in a {self.kind} history: {again}")

@@ -169,6 +169,12 @@ def _hands_over_once(original: Callable[..., Any], self: Part, workers: Any) -> 
         original(self, workers)
 
 
+def _requeues_what_is_stopped(original: Callable[..., Any], self: Dispatch, job: Any, first: int, stop: int) -> None:
+    stopped, job.stopped = job.stopped, False
+    original(self, job, first, stop)
+    job.stopped = stopped
+
+
 # -- the head
 
 
@@ -241,6 +247,9 @@ MUTANTS: dict[str, Mutant] = {
     "node: what is taken back runs as well": _around(Part, "_steal", _steals_twice),
     "node: what waits is not handed over": _around(Part, "_on_workers", _hands_over_once),
     "node: who is gone is waited for as long as who is silent": Mutant(agent_module, "BROKEN_AFTER_S", 1e9, DEATHS),
+    "stop: nodes are not asked": Mutant(Shipping, "stop", _nothing, CALM),
+    "stop: a task that is not begun yet is looked at once": Mutant(Part, "_stops_soon", False, CALM),
+    "stop: what comes back is queued again": _around(Dispatch, "_requeue", _requeues_what_is_stopped),
     "driver: does not say that it is a task": _around(
         Client, "__init__", lambda original, self, *args: original(self, *args[:3])),
     "head: a worker that waits for its own counts": Mutant(Membership, "_waiting", lambda self: {}),

@@ -185,8 +185,8 @@ class SimWorkers:
         claimed = self.claimed()
         slots = {claimed[batch] for batch, index in tasks
                  if batch in claimed and self.by_slot[claimed[batch]].task == index}
-        for slot in slots:
-            self._die(self.by_slot[slot], -9)
+        for slot in slots:  # which may be in its next task by then
+            self._later(self.by_slot[slot], self.world.random.random() * 0.002, lambda one: self._die(one, -9))
         return slots
 
     def signal(self, slot: int, number: int) -> None:
