@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
@@ -181,9 +181,9 @@ def open_cluster_pool(target: str) -> Iterator[BenchPool]:
 
 
 @contextmanager
-def open_dpool_cluster(nodes: int = WORKERS) -> Iterator[Callable[[], None]]:
-    """A head and nodes of a CPU each, in use by this process. Yields a function that starts a node more and returns
-    when it has joined."""
+def open_dpool_cluster(nodes: int = WORKERS, options: Sequence[str] = ()) -> Iterator[Callable[[], None]]:
+    """A head and nodes of a CPU each, started with these options, in use by this process. Yields a function that starts
+    a node more and returns when it has joined."""
     module("dpool.cluster_engine")
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder, ExitStack() as opened:
         key = os.path.join(folder, "key")
@@ -203,7 +203,7 @@ def open_dpool_cluster(nodes: int = WORKERS) -> Iterator[Callable[[], None]]:
         address = head.stdout.readline().split()[3]
 
         def join() -> None:
-            node = start("node", address, "--cpus", "1")
+            node = start("node", address, "--cpus", "1", *options)
             assert node.stderr is not None
             if "joined the cluster" not in (line := node.stderr.readline()):
                 raise AssertionError(f"a node has not joined: {line}")

@@ -88,6 +88,7 @@ class Hosts:
         self._cut: set[tuple[int, int]] = set()  # (from, to) whose frames are lost
         # host -> delay in seconds each way, share that is lost, bytes a second each way
         self._slow: dict[int, tuple[float, float, float]] = {}
+        self._walled: set[int] = set()  # ports
         self._off: set[int] = set()
         self._busy: dict[tuple[int, str], float] = {}  # until when a host's link is busy, out and in
         self.bytes: Counter[tuple[int, int]] = Counter()  # (from, to) -> what has passed, headers included
@@ -120,10 +121,16 @@ class Hosts:
         with self._lock:
             self._cut |= {(one, other), (other, one)}
 
+    def wall(self, port: int) -> None:
+        """Lose all frames to and from this port of TCP, on every host: as a firewall does."""
+        with self._lock:
+            self._walled.add(port)
+
     def heal(self) -> None:
-        """End all cuts."""
+        """End all cuts, and take the firewall down."""
         with self._lock:
             self._cut.clear()
+            self._walled.clear()
 
     def slow(self, host: int, delay_s: float = 0.0, loss: float = 0.0, rate: float = math.inf) -> None:
         """Delay what a host sends and receives, lose a share of it, and let through so many bytes a second."""
@@ -230,6 +237,8 @@ class Hosts:
                     else:
                         continue
                     with self._lock:
+                        if self._walled and self._walled.intersection(_ports(frame)):
+                            continue
                         for target in targets:
                             due = self._due(source, target, len(frame), now)
                             if due is not None:
@@ -243,6 +252,14 @@ class Hosts:
                 except OSError:
                     continue  # its queue is full, or it is off: lost, as on a real network
                 self.bytes[source, target] += len(frame)
+
+
+def _ports(frame: bytes) -> tuple[int, ...]:
+    """Of a frame with TCP over IPv4, from and to."""
+    if frame[12:14] != b"\x08\x00" or frame[23] != socket.IPPROTO_TCP:
+        return ()
+    at = 14 + (frame[14] & 15) * 4
+    return struct.unpack_from(">HH", frame, at)
 
 
 def _become_host(settings: dict[str, Any]) -> None:

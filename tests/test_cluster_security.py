@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import deeds
@@ -23,18 +23,19 @@ import msgspec
 import nested_tasks as tasks
 import pytest
 import zmq
-from clusters import ROOT, Cluster, Driver, until
+from clusters import ROOT, Cluster, Driver, until, workers_of
 
+import dpool
 from dpool.cli.commands import ask
 from dpool.cluster.head.server import Head
 from dpool.cluster.node import machine
 from dpool.cluster.node.agent import Agent
+from dpool.cluster.wire import bulk, links, messages, sessions
 from dpool.cluster.wire import keys as cluster_keys
-from dpool.cluster.wire import links, messages, sessions
 from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, DriverKeys, Keys
 from dpool.cluster_engine import ClusterEngine
 from dpool.errors import ClusterError, KeyProblem
-from dpool.multiprocessing import Pool
+from dpool.multiprocessing import Pool, get_context
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,8 @@ def _node_address(cluster: Cluster) -> str:
 
 @pytest.fixture(scope="module")
 def addresses(cluster: Cluster) -> list[str]:
-    """Of the head and of the node."""
-    return [cluster.address, _node_address(cluster)]
+    """Of the head and of the node, and where large objects come to the node."""
+    return [cluster.address, _node_address(cluster), _nodes(cluster)[0].bulk]
 
 
 def works(cluster: Cluster) -> None:
@@ -242,7 +243,8 @@ def _nodes(cluster: Cluster) -> list[messages.NodeReport]:
 # -- strangers
 
 
-def test_a_default_start_listens_on_the_loopback_interface_alone(cluster: Cluster, addresses: list[str]) -> None:
+def _listening(pids: Iterable[int]) -> list[str]:
+    """Where these processes listen for TCP, as the kernel writes it."""
     inodes: dict[str, str] = {}
     for table in ("tcp", "tcp6"):
         with open(f"/proc/net/{table}") as file:
@@ -251,12 +253,28 @@ def test_a_default_start_listens_on_the_loopback_interface_alone(cluster: Cluste
                 if fields[3] == "0A":  # listening
                     inodes[fields[9]] = fields[1]
     found = []
-    for process in (cluster.head, *cluster.nodes):
-        for name in os.listdir(f"/proc/{process.pid}/fd"):
-            target = os.readlink(f"/proc/{process.pid}/fd/{name}")
+    for pid in pids:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                target = os.readlink(f"/proc/{pid}/fd/{name}")
+            except FileNotFoundError:
+                continue
             if (match := re.fullmatch(r"socket:\[(\d+)\]", target)) and match[1] in inodes:
                 found.append(inodes[match[1]])
-    assert len(found) == 2
+    return found
+
+
+def test_without_a_cluster_nobody_listens() -> None:
+    before = _listening([os.getpid()])
+    with get_context("forkserver").Pool(2) as pool:
+        assert pool.map(len, [dpool.put(bytes(1 << 20))] * 4, chunksize=1) == [1 << 20] * 4
+        assert _listening([os.getpid(), *(worker.pid for worker in workers_of(pool))]) == before == []
+
+
+def test_a_default_start_listens_on_the_loopback_interface_alone(cluster: Cluster, addresses: list[str]) -> None:
+    found = _listening(process.pid for process in (cluster.head, *cluster.nodes))
+    # The node's second one is for large objects.
+    assert len(found) == (3 if bulk.available() else 2)
     # 127.0.0.1, or the same seen by a socket that speaks IPv6 too.
     assert all(entry.partition(":")[0].endswith("0100007F") for entry in found)
 
@@ -271,10 +289,12 @@ GARBAGE = [
 ]
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["head", "node"])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["head", "node", "bulk"])
 def test_garbage_changes_nothing(cluster: Cluster, addresses: list[str], which: int) -> None:
+    if not addresses[which]:
+        pytest.skip("cryptography is not installed")
     host, port = links.parse_address(addresses[which])
-    process = (cluster.head, *cluster.nodes)[which]
+    process = (cluster.head, *cluster.nodes, *cluster.nodes)[which]
     before = rss_bytes(process.pid)
     for garbage in GARBAGE:
         for _ in range(10):

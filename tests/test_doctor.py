@@ -14,12 +14,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 from clusters import ROOT, Cluster
 
 from dpool.cli import doctor
-from dpool.cluster.wire import messages
+from dpool.cli.commands import ask
+from dpool.cluster.wire import bulk, messages
 from dpool.cluster.wire.keys import Keys, write
 
 CHECKS = ["versions", "encryption", "key", "open files", "processes", "shared memory", "encrypted link"]
@@ -125,7 +127,9 @@ def test_a_cluster_that_is_well(cluster: Cluster, key: Path) -> None:
     lines: list[str] = []
     assert doctor.examine(cluster.key, cluster.address, lines.append) == 0
     names = [line[len("ok     "):].partition(":")[0] for line in lines]
-    assert names == [*CHECKS, "head", "clock", f"node on {socket.gethostname()}"]
+    host = socket.gethostname()
+    bulk_too = [f"large objects to {host}"] if bulk.available() else []
+    assert names == [*CHECKS, "head", "clock", f"node on {host}", *bulk_too]
 
 
 def test_no_head(cluster: Cluster, key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,3 +184,27 @@ def test_a_node_at_an_address_that_leads_nowhere(cluster: Cluster, key: Path, mo
         found = findings(cluster.key, cluster.address)
     assert list(found) == ["node on far"]
     assert found["node on far"].startswith(f"it cannot be reached from here at {address} (connection refused")
+
+
+def test_a_node_whose_port_for_large_objects_cannot_be_reached(cluster: Cluster, key: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ask(cluster.keys, cluster.address, messages.Ask())
+    assert isinstance(real, messages.Report)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        node = msgspec.structs.replace(real.nodes[0], bulk=address)
+        monkeypatch.setattr(doctor, "ask", lambda *_: msgspec.structs.replace(real, nodes=[node], clock_s=time.time()))
+        found = findings(cluster.key, cluster.address)
+    assert list(found) == [f"large objects to {socket.gethostname()}"]
+    assert found[list(found)[0]].startswith(f"the port where they come cannot be reached from here at {address} "
+                                            f"(Connection refused), so that they go the slower way")
+
+
+def test_a_machine_without_the_library_for_large_objects_is_well(cluster: Cluster, key: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cryptography")
+    lines: list[str] = []
+    monkeypatch.setattr(bulk, "available", lambda: False)
+    assert doctor.examine(cluster.key, cluster.address, lines.append) == 0
+    assert "can be reached, but not used from here: cryptography is not installed (dpool[bulk])" in lines[-1]

@@ -20,6 +20,7 @@ import pytest
 from clusters import PATIENCE_S, ROOT, Process, children_of, until
 from hosts import Hosts, address, possible
 
+from dpool.cluster.wire import bulk
 from dpool.cluster.wire.keys import Keys, write
 
 pytestmark = pytest.mark.skipif(not possible(), reason="hosts need root, namespaces and TAP devices")
@@ -98,6 +99,10 @@ if __name__ == "__main__":
             answer = value.acquire(timeout=60)
         elif order == "sessions":
             answer = sorted(key.hex() for key in pool._group.port._nodes)
+        elif order == "lanes":
+            answer = sum(node.pours for node in pool._group.port._nodes.values())
+        elif order == "by bulk":
+            answer = sum(node.lane.sender.count for node in pool._group.port._nodes.values() if node.lane is not None)
         print(json.dumps(answer), flush=True)
     for one in (pool, *others):
         one.terminate()
@@ -130,6 +135,10 @@ def hold(_):
 """
 
 
+# Where large objects come to every node.
+BULK = 7078
+
+
 class Lab:
     """The head and the driver on one host, `nodes` nodes on hosts of their own; a pool with a worker for each CPU."""
 
@@ -144,8 +153,8 @@ class Lab:
         self.address = f"tcp://{address(HEAD)}:7077"
         self.start(HEAD, "-m", "dpool", "head", "--bind", self.address).expect("listens")
         self.numbers = range(1, 1 + nodes)
-        self.nodes = [self.start(host, "-m", "dpool", "node", self.address, "--cpus", str(cpus))
-                      for host in self.numbers]
+        self.nodes = [self.start(host, "-m", "dpool", "node", self.address, "--cpus", str(cpus), "--bulk-port",
+                                 str(BULK)) for host in self.numbers]
         for node in self.nodes:
             node.expect("joined")
         command = self.hosts.command(HEAD, ["env", *self._settings, f"DPOOL_ADDRESS={self.address}", sys.executable,
@@ -402,3 +411,52 @@ def test_a_link_between_nodes_is_cut(lab: Lab, when: str) -> None:
     # Nobody was given up, and the driver has sent what the other node could not.
     assert lab.ask("sessions") == sessions
     assert sum(lab.hosts.bytes[HEAD, node] for node in (FIRST, SECOND)) > 1.2 * size
+
+
+# -- bulk connections
+
+
+needs_bulk = pytest.mark.skipif(not bulk.available(), reason="bulk connections need cryptography")
+
+
+@needs_bulk
+def test_where_a_firewall_forbids_bulk_connections_objects_go_the_way_of_all_else(lab: Lab) -> None:
+    sessions = lab.ask("sessions")
+    lab.hosts.wall(BULK)
+    for _ in range(2):
+        lab.ask("put", 24 * MB)
+        lab.ask("look", 40)
+        assert set(lab.result(40)) == {"h1", "h2"}
+    assert lab.ask("by bulk") == 0 and lab.ask("sessions") == sessions
+
+
+@needs_bulk
+@pytest.mark.parametrize("lab", [(1, 2)], indirect=True, ids=["one node"])
+def test_a_firewall_goes_up_in_the_midst(lab: Lab) -> None:
+    """Nobody sees an end: what is on its way never comes."""
+    sessions = lab.ask("sessions")
+    lab.ask("put", MB)
+    lab.ask("look", 40)
+    lab.result(40)
+    until(lambda: lab.ask("lanes") == 1, "the bulk connection is there")
+    lab.hosts.slow(FIRST, rate=20e6)
+    before = lab.hosts.bytes[HEAD, FIRST]
+    lab.ask("put", 32 * MB)
+    lab.ask("look", 40)
+    until(lambda: lab.hosts.bytes[HEAD, FIRST] > before + 4 * MB, "it is on its way")
+    lab.hosts.wall(BULK)
+    assert lab.hosts.bytes[HEAD, FIRST] < before + 32 * MB, "it went up too late"
+    lab.result(40)
+    assert lab.ask("by bulk") == 0 and lab.ask("sessions") == sessions
+
+
+@needs_bulk
+def test_a_firewall_goes_up_between_nodes_in_the_midst(lab: Lab) -> None:
+    sessions = lab.ask("sessions")
+    lab.ask("put", 64 * MB)
+    lab.ask("look", 40)
+    source, target = _between_nodes(lab)
+    lab.hosts.wall(BULK)
+    assert lab.hosts.bytes[source, target] < 64 * MB, "it went up too late"
+    assert set(lab.result(40)) == {"h1", "h2"}
+    assert lab.ask("sessions") == sessions

@@ -79,7 +79,7 @@ def test_other_nodes_and_sessions_get_it_without_the_driver_and_the_rest_from_it
     assert told(second.pack(stored.parts, [stored.descriptor], {KEY}, 0.0)) == [messages.Fetch(KEY, SIZE, FIRST)]
     assert not again.later and not second.later
     second.missing(messages.Missing(KEY, OBJECT_PIECE_BYTES, FIRST), 0.0)
-    assert content(second.later[KEY]) == stored.content[OBJECT_PIECE_BYTES:]
+    assert content(second.missed[KEY]) == stored.content[OBJECT_PIECE_BYTES:]
     first.got(KEY)
     assert told(Luggage(sharing, FIRST, b"4").pack(stored.parts, [stored.descriptor], {KEY}, 0.0)) == []
 
@@ -89,13 +89,13 @@ def test_what_the_node_may_still_ask_for_is_kept_and_not_forgotten(stored: Store
     luggage.pack(stored.parts, [stored.descriptor], {KEY}, 0.0)
     assert luggage.gone(set()) == []  # the program has let go of it
     luggage.missing(messages.Missing(KEY, 0), 0.0)
-    assert content(luggage.later[KEY]) == stored.content
+    assert content(luggage.missed[KEY]) == stored.content
     luggage.missing(messages.Missing(KEY, 0), 0.0)
     luggage.got(KEY)
-    assert not luggage.later, "the node has it: no more of it is sent"
+    assert not luggage.missed, "the node has it: no more of it is sent"
     assert luggage.gone({KEY}) == [] and luggage.gone(set()) == [KEY]
     luggage.missing(messages.Missing(KEY, 0), 0.0)
-    assert not luggage.later
+    assert not luggage.later and not luggage.missed
 
 
 def test_a_batch_that_cannot_be_mapped_leaves_no_trace(stored: Stored) -> None:

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dpool.cluster.node import part as part_module
 from dpool.cluster.node.agent import Agent
 from dpool.cluster.node.exchange import IDLE_S, WINDOW_BYTES, Exchange
+from dpool.cluster.node.inlets import Inlets
 from dpool.cluster.node.objects import (
     ASK,
     CLOSE,
@@ -32,8 +33,9 @@ from dpool.cluster.node.objects import (
     Objects,
 )
 from dpool.cluster.node.part import Part
-from dpool.cluster.store.transfer import OBJECT_PIECE_BYTES
+from dpool.cluster.store.transfer import OBJECT_PIECE_BYTES, BadPiece
 from dpool.cluster.wire import messages, sessions
+from dpool.cluster.wire.bulk import Head
 from dpool.cluster.wire.keys import AGENT, Keys
 from dpool.cluster.wire.surroundings import Surroundings
 from dpool.resources import Stock
@@ -362,7 +364,8 @@ class Around:
         self.connections: dict[str, Connection] = {}
         self.sent: list[Any] = []  # to those who ask here
         self.told: list[Deed] = []
-        self.exchange = Exchange(cast(Any, self), cast(Any, self), cast(Any, self), self.told.append)
+        self.inlets = Inlets(cast(Any, self), cast(Any, self), None)
+        self.exchange = Exchange(cast(Any, self), cast(Any, self), cast(Any, self), self.inlets, self.told.append)
 
     def now(self) -> float:
         return self.time
@@ -482,6 +485,47 @@ def test_who_has_not_all_yet_that_is_here_waits_for_the_rest_of_it(around: Aroun
     around.time += STALLED_AFTER_S
     assert around.pull(KEY, 0) == messages.Patience(KEY), "it is under way"
     assert around.pull(KEY, 4) == messages.NotHere(KEY)
+
+
+# -- by bulk connections
+
+
+def _head(key: bytes, size: int, start: int, content: bytes) -> Head:
+    return Head(key, size, start, crc32(content), len(content), 0)
+
+
+def test_what_comes_by_bulk_is_taken_in_if_the_part_needs_it(around: Around) -> None:
+    around.fetch(KEY, 10, own=True)
+    for start in (0, 5):
+        around.exchange.on_bulk_piece(A, _head(KEY, 10, start, b"12345"), memoryview(b"12345"))
+    assert around.told == [Deed(GOT, KEY, A)]
+
+
+def test_what_comes_by_bulk_too_late_brings_nothing_back(around: Around) -> None:
+    around.fetch(KEY, 10, own=True)
+    around.driver_sends(KEY, 10, 0, bytes(10))
+    around.exchange.let_go(KEY, A)
+    around.exchange.on_bulk_piece(A, _head(KEY, 10, 5, b"12345"), memoryview(b"12345"))
+    around.fetch(OTHER_KEY, 10, own=True, part=B)
+    around.exchange.on_bulk_piece(A, _head(OTHER_KEY, 10, 0, b"12345"), memoryview(b"12345"))
+    assert around.exchange.objects.keys == [OTHER_KEY] and not around.exchange._arrivals
+
+
+def test_when_a_bulk_connection_is_over_its_driver_is_asked_for_all_that_is_to_come_from_it(around: Around) -> None:
+    around.fetch(KEY, 10, own=True)
+    around.fetch(OTHER_KEY, 10, own=True)
+    around.fetch(b"3" * 16, 10, own=True, part=B)
+    around.fetch(b"4" * 16, 10, THERE)
+    around.exchange.on_bulk_piece(A, _head(KEY, 10, 0, b"1234"), memoryview(b"1234"))
+    around.exchange.lacking(A)
+    assert around.told == [Deed(ASK, KEY, A, have=4), Deed(ASK, OTHER_KEY, A)]
+    around.exchange.validate()
+
+
+def test_a_hole_is_no_piece(around: Around) -> None:
+    around.fetch(KEY, 1000, own=True)
+    with pytest.raises(BadPiece):
+        around.exchange.on_bulk_piece(A, _head(KEY, 1000, 500, b"12345"), memoryview(b"12345"))
 
 
 # -- the agent's turns

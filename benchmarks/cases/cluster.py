@@ -7,11 +7,13 @@ registry.
 from __future__ import annotations
 
 import os
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import tasks
@@ -97,23 +99,118 @@ def modules(target: str, quick: bool) -> Sample:
                 return {"s": time.perf_counter() - start}
 
 
-@case("cluster.transfer", "an object of 256 MB to a node", Metric("s", "in all", "s"),
-      Metric("of_link", "of a bare encrypted link", "times", ratio=False), targets=("dpool",), reference="dpool",
-      bars=(Bar("of_link", 1.11, against=""),))
+@case("cluster.transfer", "an object of 256 MB to a node, by its bulk connection", Metric("s", "in all", "s"),
+      Metric("of_link", "of a bare CURVE link", "times", ratio=False),
+      Metric("of_stream", "of a bare bulk connection", "times", ratio=False),
+      Metric("of_cipher", "of AES-GCM in a thread", "times", ratio=False), targets=("dpool",), reference="dpool",
+      bars=(Bar("of_link", 1.11, against=""), Bar("of_cipher", 1.11, against="")))
 def transfer(target: str, quick: bool) -> Sample:
+    module("cryptography")
     megabytes = 64 if quick else 256
-    with open_dpool_cluster(nodes=1), module("dpool.multiprocessing").Pool(1) as pool:
+    took, beside = transfers(megabytes, (), (encrypted_link_s, bulk_stream_s, cipher_s))
+    return {"s": took, "of_link": took / beside[0], "of_stream": took / beside[1], "of_cipher": took / beside[2]}
+
+
+@case("cluster.transfer_session", "the same where there are none: by the session", Metric("s", "in all", "s"),
+      Metric("of_link", "of a bare CURVE link", "times", ratio=False), targets=("dpool",), reference="dpool",
+      bars=(Bar("of_link", 1.11, against=""),))
+def transfer_by_session(target: str, quick: bool) -> Sample:
+    took, beside = transfers(64 if quick else 256, ("--bulk-port", "off"), (encrypted_link_s,))
+    return {"s": took, "of_link": took / beside[0]}
+
+
+def transfers(megabytes: int, options: Sequence[str], beside: Sequence[Callable[[int], float]]
+              ) -> tuple[float, list[float]]:
+    """How long an object takes to a node that is started with these options, and what is to be compared with it: each
+    measured in turn, before and after every object. Medians."""
+    with open_dpool_cluster(1, options), module("dpool.multiprocessing").Pool(1) as pool:
         expect(1, pool.apply(tasks.noop, (1,)))
-        link = [encrypted_link_s(megabytes)]
-        times = []
-        for fill in (7, 8, 9):
+        times: list[float] = []
+        others = [[measure(megabytes)] for measure in beside]
+        for fill in (6, 7, 8, 9):  # the first has connections made
             ref = module("dpool").put(module("numpy").full(megabytes * tasks.MEGABYTE, fill, dtype="u1"))
             start = time.perf_counter()
             expect(fill, pool.apply(tasks.last_byte, (ref,)))
             times.append(time.perf_counter() - start)
-            link.append(encrypted_link_s(megabytes))
-    took = statistics.median(times)
-    return {"s": took, "of_link": took / statistics.median(link)}
+            for found, measure in zip(others, beside, strict=True):
+                found.append(measure(megabytes))
+    return statistics.median(times[1:]), [statistics.median(found) for found in others]
+
+
+def cipher_s(megabytes: int) -> float:
+    """How long one thread takes to encrypt so much with AES-256-GCM, in the pieces of objects, or to decrypt it: the
+    longer of the two."""
+    aead = module("cryptography.hazmat.primitives.ciphers.aead")
+    piece = module("dpool.cluster.store.transfer").OBJECT_PIECE_BYTES
+    cipher, nonce = aead.AESGCM(bytes(32)), bytes(12)
+    clear, sealed = memoryview(os.urandom(piece)), bytearray(piece + 16)
+    into = bytearray(piece)
+    took = []
+    for do in (lambda: cipher.encrypt_into(nonce, clear, None, sealed),
+               lambda: cipher.decrypt_into(nonce, sealed, None, into)):
+        do()
+        start = time.perf_counter()
+        for _ in range(megabytes * tasks.MEGABYTE // piece):
+            do()
+        took.append(time.perf_counter() - start)
+    return max(took)
+
+
+def bulk_stream_s(megabytes: int) -> float:
+    """How long so much takes from one process to another over one bulk connection, in pieces that nobody looks at."""
+    bulk = module("dpool.cluster.wire.bulk")
+    gate = bulk.Gate("127.0.0.1", 0)
+    name, key = gate.offer(0.0)
+    sender = subprocess.Popen([sys.executable, "-c", _POUR, gate.address, name.hex(), key.hex(), str(megabytes)])
+    try:
+        with select.epoll() as ready:
+            ready.register(gate.descriptor, select.EPOLLIN)
+            while not (arrived := gate.accept(0.0)):
+                ready.poll(60)
+            [receiver] = arrived
+            ready.unregister(gate.descriptor)
+            ready.register(receiver.descriptor, select.EPOLLIN)
+            left = megabytes * tasks.MEGABYTE
+            start = 0.0
+            while left > 0 and not receiver.broken:
+                ready.poll(60)
+                for head, _ in receiver.receive(bulk.BURST):
+                    start = start or time.perf_counter()
+                    left -= head.nbytes
+            took = time.perf_counter() - start
+        expect(0, left)
+        receiver.close()
+        return took
+    finally:
+        gate.close()
+        sender.wait()
+
+
+_POUR = """
+import os, select, sys
+from dpool.cluster.store.transfer import OBJECT_PIECE_BYTES
+from dpool.cluster.wire.bulk import Head, Sender, pour
+address, name, key, megabytes = sys.argv[1:]
+sender = Sender(address, bytes.fromhex(name), bytes.fromhex(key))
+piece = memoryview(os.urandom(OBJECT_PIECE_BYTES))
+left = (int(megabytes) << 20) // len(piece)
+def take():
+    global left
+    left -= 1
+    return (Head(bytes(16), 1 << 40, 0, 0, len(piece), 0), piece) if sender.ready and left >= 0 else None
+ready = select.epoll()
+ready.register(sender.descriptor, select.EPOLLOUT)
+ready.poll()
+sender.flush()
+ready.modify(sender.descriptor, select.EPOLLIN)
+while not sender.ready:
+    ready.poll()
+    sender.watch()
+ready.modify(sender.descriptor, select.EPOLLOUT)
+while pour(sender, take) or sender.blocked:
+    ready.poll()
+sender.close()
+"""
 
 
 def encrypted_link_s(megabytes: int) -> float:

@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
                                                                 "default: DPOOL_RESOURCES")
     node.add_argument("--bind", metavar="ADDRESS", help="where to listen for drivers; default: any free port of the "
                                                         "interface that leads to the head")
+    node.add_argument("--bulk-port", metavar="PORT", type=_port, default=0,
+                      help="where large objects come, at the same address, if cryptography is installed (dpool[bulk]); "
+                           '"off": not by a port of their own; default: any free port')
     status = add("status", _status, "Show the nodes and drivers of a cluster.")
     status.add_argument("address", nargs="?", help="of the head; default: DPOOL_ADDRESS, else this machine's")
     status.add_argument("--json", action="store_true", help="for programs")
@@ -85,6 +88,15 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _port(text: str) -> int | None:
+    if text == "off":
+        return None
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError("ports are 1 to 65535")
     return number
 
 
@@ -140,7 +152,8 @@ def _node(options: argparse.Namespace) -> int:
     # Each worker and each object that is kept takes descriptors.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    agent = Agent(keys, options.address, options.bind, cpus, machine.stock(options.gpus, options.resources), _log)
+    agent = Agent(keys, options.address, options.bind, cpus, machine.stock(options.gpus, options.resources), _log,
+                  bulk_port=options.bulk_port)
     _until_told(agent.stop)
     agent.serve()
     if agent.refused:

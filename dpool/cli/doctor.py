@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +18,8 @@ import zmq
 
 from dpool.cli.commands import ask
 from dpool.cluster.node.limits import process_limit
+from dpool.cluster.wire import bulk, links, messages
 from dpool.cluster.wire import keys as cluster_keys
-from dpool.cluster.wire import links, messages
 from dpool.errors import ClusterError, DpoolError
 
 # What the encrypted link is tried with. A slow cryptographic library takes seconds for it.
@@ -60,6 +61,8 @@ def examine(key: Path | None, address: str | None, say: Callable[[str], object])
             check("clock", partial(_clock, report))
             for node in report.nodes:
                 check(f"node on {node.host}", partial(_node, key, node))
+                if node.bulk:
+                    check(f"large objects to {node.host}", partial(_bulk, node))
     return 1 if wrong else 0
 
 
@@ -190,3 +193,18 @@ def _node(key: Path | None, node: messages.NodeReport) -> str:
         dialer.close()
         waker.close()
         context.term()
+
+
+def _bulk(node: messages.NodeReport) -> str:
+    """Whether large objects could go to a node by a connection of their own."""
+    try:
+        with socket.create_connection(links.parse_address(node.bulk), REACH_TIMEOUT_S):
+            pass  # it would take a name and a key that the node makes up for a driver
+    except OSError as error:
+        why = "no answer" if isinstance(error, TimeoutError) else error.strerror
+        raise ClusterError(f"the port where they come cannot be reached from here at {node.bulk} ({why}), so that they "
+                           f"go the slower way, with all else: open that port, or start the node with --bulk-port and "
+                           f"one that is open, or with --bulk-port off") from None
+    if not bulk.available():
+        return f"{node.bulk} can be reached, but not used from here: cryptography is not installed (dpool[bulk])"
+    return f"{node.bulk} can be reached"

@@ -66,17 +66,28 @@ class World:
 
 
 class Source:
-    """A descriptor: readable or not, and who waits for it."""
+    """A descriptor: readable or not, and who waits for it, perhaps for room as well."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.ready = False
+        self.wants_room = False
+        self.has_room: Callable[[], bool] = lambda: False
         self.waker: Waker | None = None
 
     def rise(self) -> None:
         self.ready = True
         if self.waker is not None:
             self.waker.nudge()
+
+    def room_came(self) -> None:
+        if self.waker is not None and self.told:
+            self.waker.nudge()
+
+    @property
+    def told(self) -> bool:
+        """Whether a wait ends for it."""
+        return self.ready or (self.wants_room and self.has_room())
 
 
 class Process:
@@ -184,8 +195,14 @@ class Waker:
             if source is not None:  # else a real one, with nothing at its other end
                 source.waker = self
                 self._watched[number] = source
-                if source.ready:
+                if source.told:
                     self.nudge()
+
+    def want_room(self, number: int, wanted: bool) -> None:
+        source = self._watched[number]
+        source.wants_room = wanted
+        if source.told:
+            self.nudge()
 
     def remove(self, descriptors: list[int]) -> None:
         for number in descriptors:
@@ -203,10 +220,10 @@ class Waker:
             thread.wake(process.world.random.random() * process.lag)
 
     def any_ready(self) -> bool:
-        return self._rung or any(source.ready for source in self._watched.values())
+        return self._rung or any(source.told for source in self._watched.values())
 
     def wait(self, timeout: float | None) -> set[int]:
-        ready = {number for number, source in self._watched.items() if source.ready}
+        ready = {number for number, source in self._watched.items() if source.told}
         self.waited = True
         self.woke = bool(ready) or self._rung
         self._rung = False

@@ -242,6 +242,7 @@ class NodeMachine:
         agent = self.agent
         agent.step()
         agent.exchange.validate()
+        agent.inlets.validate()
         for part in agent._parts.values():
             part.ledger.validate()
         if agent._stop.is_set() or agent.refused:
@@ -493,6 +494,9 @@ class History:
         # histories are what they are without it.
         self._nesting = Random(f"tasks that drive, seed {seed}")
         self.to_nest = self._nesting.randint(1, 6) if self._nesting.random() < 0.25 else None
+        # Which processes can have bulk connections, and to which hosts they cannot be made: for the same reason.
+        self._bulk = self.network.bulk_random = Random(f"bulk connections, seed {seed}")
+        self.network.bulk_share = self._bulk.choice([0.0, 1.0, 1.0, 0.7])
         # By what jobs are stopped, in the same way; None where none is.
         stops = Random(f"jobs that are stopped, seed {seed}")
         self.stops = stops if stops.random() < 0.25 else None
@@ -608,6 +612,10 @@ class History:
         random = self.world.random
         self.world.say(f"seed {self.seed}: a {self.kind} history")
         self.head = HeadMachine(self)
+        if self.kind != CALM:
+            self.network.bulk_breaks = {self._bulk.randint(1, 200) for _ in range(self._bulk.choice([0, 1, 3]))}
+        if self._bulk.random() < 0.2:
+            self.network.walled.add(f"node{self._bulk.randrange(3)}")
         for number in range(random.choice([1, 1, 2, 3, 4])):
             self.nodes.append(NodeMachine(self, f"node{number}", random.randint(1, 4)))
         for number in range(random.choice([1, 1, 2])):
@@ -693,15 +701,14 @@ class History:
         def forgotten() -> bool:
             head = self.head.head.membership
             living = [node for node in self.nodes if node.process.alive]
-            kept = any(node.agent._parts or node.agent.exchange.objects.keys or node.agent.exchange._sources
-                       for node in living)
+            kept = any(map(_keeps, living))
             return (all(driver.gone for driver in self.drivers) and not kept
                     and not head.drivers and set(head.nodes) == {node.agent.id for node in living})
 
         if not self.world.run(until, forgotten):
             left = [driver.name for driver in self.drivers if not driver.gone]
             kept = [node.host for node in self.nodes if node.process.alive
-                    and (node.agent._parts or node.agent.exchange.objects.keys or node.agent.exchange._sources)]
+                    and _keeps(node)]
             raise Violation(f"{FORGOTTEN_WITHIN_S:.0f} s after the last result drivers {left} have not ended, nodes "
                             f"{kept} have not forgotten, the head knows {len(self.head.head.membership.nodes)} nodes")
 
@@ -714,6 +721,13 @@ class History:
         for ref in [ref for driver in self.drivers for ref in driver.refs]:
             if ref._stored is not None:
                 self.forget(ref)
+
+
+def _keeps(node: NodeMachine) -> bool:
+    """Whether a node has anything of a program."""
+    agent = node.agent
+    return bool(agent._parts or agent.exchange.objects.keys or agent.exchange._sources or agent.inlets._of
+                or agent.exchange._outlets._of)
 
 
 def _open_descriptors() -> int:

@@ -17,6 +17,7 @@ from dpool.cluster.driver import remote as remote_module
 from dpool.cluster.driver.client import Client
 from dpool.cluster.driver.connections import Connections
 from dpool.cluster.driver.dispatch import Dispatch
+from dpool.cluster.driver.lanes import Lanes
 from dpool.cluster.driver.luggage import Luggage, Sharing
 from dpool.cluster.driver.remote import ClusterPort
 from dpool.cluster.driver.shipping import Shipping
@@ -203,6 +204,13 @@ def _each_session_for_itself(original: Callable[..., Any], self: Sharing, key: b
     return SEND, DRIVER
 
 
+# -- bulk connections
+
+
+def _goes_on_by_the_session(original: Callable[..., Any], self: Shipping, node: Any, message: Any, begun: Any) -> None:
+    original(self, node, message, ())
+
+
 MUTANTS: dict[str, Mutant] = {
     "session: duplicates are accepted": Mutant(Session, "accept", _accepts_all),
     "session: nothing is sent again": Mutant(Session, "resume", lambda self, received: []),
@@ -257,6 +265,10 @@ MUTANTS: dict[str, Mutant] = {
     "objects: a driver does not send what is missing": Mutant(Luggage, "missing", _nothing),
     "objects: there is never room for more": Mutant(Shipping, "look_again", _nothing),
     "objects: each session brings its own": _around(Sharing, "want", _each_session_for_itself, CALM),
+    "bulk: what did not come is not asked for": Mutant(Exchange, "lacking", _nothing),
+    "bulk: a connection that swallows all is kept": Mutant(Lanes, "echoed", _nothing),
+    "bulk: what was begun goes on by the session": _around(Shipping, "bulk_over", _goes_on_by_the_session, BRIEF),
+    "bulk: pieces do not wait for what was said before": Mutant(Part, "received", 1 << 62, CALM),
     "head: nobody is ever gone": Mutant(Membership, "tick", _places_on_the_gone),
     "head: placements are said once": _around(Membership, "_place", _says_placements_once, BRIEF),
 }

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from random import Random
 from typing import cast
 
+from dpool.cluster.wire import bulk
 from dpool.cluster.wire.keys import AGENT
 from dpool.cluster.wire.links import Dialer, Frame, Listener, Received
 from dpool.cluster.wire.links import Waker as RealWaker
@@ -40,7 +42,12 @@ class Network:
         self._port = 7000
         self._peer = 0
         self.spoils = 0.0  # how often a piece that one node sends another is not what it was
-        self.messages = self.bytes = 0
+        self.messages = self.bytes = self.bulk_pieces = 0
+        # Of processes there is a share that can have bulk connections, chosen by a random of its own.
+        self.bulk_share = 0.0
+        self.bulk_random = Random(0)
+        self.bulk_breaks: set[int] = set()  # after so many pieces by bulk connections the one that carries it breaks
+        self.walled: set[str] = set()  # hosts to which none can be made
 
     def source(self) -> Source:
         self._descriptor += 1
@@ -419,6 +426,7 @@ class SimListener(End):
         self.process = process
         host, _, port = address.removeprefix("tcp://").rpartition(":")
         self.port = int(port) or network.free_port()
+        self.host = host
         self.address = f"tcp://{host}:{self.port}"
         if self.address in network.listeners:
             raise OSError(98, f"cannot listen on {address}: Address already in use")
@@ -492,6 +500,21 @@ class Place(Surroundings):
         self.process = process
         self.now = process.now
         self.wakers: list[Waker] = []
+        self._bulk = network.bulk_random.random() < network.bulk_share
+
+    def has_bulk(self) -> bool:
+        return self._bulk
+
+    def gate(self, host: str, port: int) -> bulk.Gate:
+        from .bulk import SimGate
+
+        return cast(bulk.Gate, SimGate(self.network, self.process, host, port))
+
+    def sender(self, address: str, name: bytes, key: bytes) -> bulk.Sender:
+        from .bulk import SimSender
+
+        is_node = self.process.name == self.process.host and self.process.name.startswith("node")
+        return cast(bulk.Sender, SimSender(self.network, self.process, address, name, is_node))
 
     def listener(self, role: str, address: str) -> Listener:
         return cast(Listener, SimListener(self.network, self.process, address))

@@ -182,8 +182,8 @@ class Work:
 def lines(what: Callable[[], object]) -> int:
     """How many lines of dpool's deciding and dealing code a call runs: a cost that no other load changes."""
     count = 0
-    names = ("dispatch.py", "remote.py", "connections.py", "shipping.py", "membership.py", "dealing.py", "batching.py",
-             "sessions.py", "luggage.py")
+    names = ("dispatch.py", "remote.py", "connections.py", "shipping.py", "lanes.py", "membership.py", "dealing.py",
+             "batching.py", "sessions.py", "luggage.py")
 
     def local(frame: FrameType, event: str, _: object) -> Any:
         nonlocal count

@@ -63,8 +63,8 @@ class Pulse:
     __slots__ = ("session", "address", "dialer", "echoed_at", "received", "on_echo", "on_lost", "dismissed_at",
                  "dialed_at")
 
-    def __init__(self, session: bytes, address: str, received: Callable[[], int], on_echo: Callable[[int, bool], None],
-                 on_lost: Callable[[str], None], now: float) -> None:
+    def __init__(self, session: bytes, address: str, received: Callable[[], int],
+                 on_echo: Callable[[int, bool, int], None], on_lost: Callable[[str], None], now: float) -> None:
         self.session = session
         self.address = address
         self.dialer: Dialer | None = None
@@ -311,7 +311,7 @@ class Client:
                 continue
             if isinstance(message, messages.Pulse) and message.session == pulse.session and pulse.dismissed_at is None:
                 pulse.echoed_at = self.around.now()
-                pulse.on_echo(message.received, message.linked)
+                pulse.on_echo(message.received, message.linked, message.bulk)
             elif isinstance(message, messages.Gone) and message.session == pulse.session:
                 self._drop_pulse(pulse.session)
                 if pulse.dismissed_at is None:

@@ -28,7 +28,7 @@ ANSWER_WITHIN_S = 3.0
 
 class Connections:
     """Those of one group. `tell` is called by the client's thread with what the pulse says of a node: "echo" and
-    (node, messages received, whether it has a connection), or "lost" and (node, why)."""
+    (node, messages received, whether it has a connection, pieces received by bulk), or "lost" and (node, why)."""
 
     def __init__(self, client: Client, tell: Callable[[str, Any], None]) -> None:
         self._client = client
@@ -45,7 +45,7 @@ class Connections:
         """Make the current or next wait() return."""
         self._waker.wake()
 
-    def watch(self, descriptor: int) -> None:
+    def wait_for(self, descriptor: int) -> None:
         """Have wait() return when this is readable, too."""
         self._waker.add([descriptor])
 
@@ -55,6 +55,18 @@ class Connections:
             node = self._by_descriptor.get(descriptor)
             if node is not None:
                 self._stirred[node] = None
+
+    def watch(self, node: Node, descriptor: int) -> None:
+        """A node stirs when this descriptor is readable, or has the room that is wanted."""
+        self._by_descriptor[descriptor] = node
+        self._waker.add([descriptor])
+
+    def want_room(self, descriptor: int, wanted: bool) -> None:
+        self._waker.want_room(descriptor, wanted)
+
+    def unwatch(self, descriptor: int) -> None:
+        self._waker.remove([descriptor])
+        self._by_descriptor.pop(descriptor, None)
 
     def stirred(self) -> list[Node]:
         """The nodes that may have sent something since they were last returned."""

@@ -97,6 +97,8 @@ class Luggage:
         self.objects: OrderedDict[bytes, Pieces | None] = OrderedDict()
         # Large ones that the driver sends, by key: to be taken piece by piece when nothing else is to be sent.
         self.later: dict[bytes, Iterator[Unsent]] = {}
+        # What the node has missed of objects: the same, but not by a bulk connection, which may lose it again.
+        self.missed: dict[bytes, Iterator[Unsent]] = {}
 
     def pack(self, parts: list[bytes], descriptors: list[int], here: Collection[bytes],
              now: float) -> list[Iterator[Unsent]]:
@@ -147,21 +149,27 @@ class Luggage:
         return [] if how == HERE else [control(messages.Fetch(key, size, source, own=how == SEND))]
 
     def one_piece(self) -> Iterator[Unsent]:
-        """The next piece of the first of the large ones, which there must be."""
-        key, rest = next(iter(self.later.items()))
-        return self._first_of(key, rest)
+        """The next piece of the first of the large ones, which there must be; first of what was missed."""
+        return self._first_of(self.missed or self.later)
 
-    def _first_of(self, key: bytes, rest: Iterator[Unsent]) -> Iterator[Unsent]:
+    def one_for_bulk(self) -> Iterator[Unsent]:
+        """The same, of what may go by a bulk connection."""
+        return self._first_of(self.later)
+
+    @staticmethod
+    def _first_of(waiting: dict[bytes, Iterator[Unsent]]) -> Iterator[Unsent]:
+        key, rest = next(iter(waiting.items()))
         for piece in rest:
             yield piece
             return
-        self.later.pop(key, None)
+        waiting.pop(key, None)
 
     def got(self, key: bytes) -> None:
         """The node has an object, whole."""
         if key in self.objects:
             self.objects[key] = None
             self.later.pop(key, None)  # somebody else was faster
+            self.missed.pop(key, None)
             self._sharing.arrived(key, self._node)
 
     def missing(self, message: messages.Missing, now: float) -> None:
@@ -169,7 +177,8 @@ class Luggage:
         carried = self.objects.get(message.key)
         if carried is not None:
             self._sharing.failed(message.key, self._node, message.source, now)
-            self.later[message.key] = stored(message.key, carried, message.have)
+            self.later.pop(message.key, None)
+            self.missed[message.key] = stored(message.key, carried, message.have)
 
     def gone(self, here: Collection[bytes]) -> list[bytes]:
         """The objects that the node is to forget, for they are not in this process any more."""
@@ -190,4 +199,5 @@ class Luggage:
     def end(self) -> None:
         """The session is over."""
         self.later.clear()
+        self.missed.clear()
         self._forget(list(self.objects))

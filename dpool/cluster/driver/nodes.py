@@ -14,6 +14,7 @@ from typing import Protocol
 from dpool.cluster.driver.luggage import Luggage, Sharing, Unsent
 from dpool.cluster.store.transfer import Arrivals
 from dpool.cluster.wire import messages, sessions
+from dpool.cluster.wire.bulk import Sender
 from dpool.cluster.wire.links import Dialer
 
 # With so many messages that a node has not acknowledged, pieces of large objects wait. More: fills longer and faster
@@ -64,6 +65,20 @@ class RemoteProcess:
         return f"<RemoteProcess name={self.name!r} host={self.host!r} pid={self.pid} {state}>"
 
 
+class Lane:
+    """A session's bulk connection, beside its link."""
+
+    __slots__ = ("sender", "after", "echoed", "moved_at", "waits")
+
+    def __init__(self, sender: Sender, now: float) -> None:
+        self.sender = sender
+        # Of each object that has been begun, by key: the session's message that must come before it.
+        self.after: dict[bytes, int] = {}
+        self.echoed = 0  # pieces that had come there when the node last said so
+        self.moved_at = now  # when there were more, or all had come
+        self.waits = True  # for room: it is called again
+
+
 class Node:
     """A session with a node: its part of the group. One node may have several, if its part has grown. It is lost if it
     has not answered by `open_until`."""
@@ -95,8 +110,15 @@ class Node:
         self.stopping: set[tuple[int, int]] = set()
         self.first_slot = 0  # added to the node's own number of a slot, so that no two workers of a group have the same
         self.demanded = 0
+        self.lane: Lane | None = None
+
+    @property
+    def pours(self) -> bool:
+        """Whether large objects go by a bulk connection."""
+        return self.lane is not None and self.lane.sender.ready
 
     @property
     def has_room(self) -> bool:
-        """For a piece of a large object, and there is one to be sent."""
-        return bool(self.luggage.later) and len(self.session.unacknowledged) < MAX_UNACKNOWLEDGED
+        """For a piece of a large object in the session, and there is one to be sent."""
+        waiting = self.luggage.missed or (self.luggage.later and not self.pours)
+        return bool(waiting) and len(self.session.unacknowledged) < MAX_UNACKNOWLEDGED

@@ -23,6 +23,7 @@ import msgspec
 from dpool.cluster.driver import connections, handing
 from dpool.cluster.driver.client import Client, Standing
 from dpool.cluster.driver.connections import Connections
+from dpool.cluster.driver.lanes import Lanes
 from dpool.cluster.driver.lending import Lending
 from dpool.cluster.driver.luggage import Pieces, Unsent, control, segment
 from dpool.cluster.driver.modules import answer
@@ -94,6 +95,7 @@ class ClusterPort:
         self._nodes: dict[bytes, Node] = {}  # by session
         self._shipping = Shipping(client.sharing, self._now)
         self._connections = Connections(client, self._tell)
+        self._lanes = Lanes(client.around, self._connections, self._shipping)
         self._inbox: deque[tuple[str, Any]] = deque()  # from the client's thread
         self._owner = 0
         self._any = threading.Event()  # there is a worker, or was, or none will come
@@ -104,7 +106,7 @@ class ClusterPort:
         self._empty_since: float | None = None
         self._level_at: float | None = None  # when to have batches given back, if they are dealt unevenly still
         self._open_until = 0.0
-        self._lending = Lending(self._answer_call, self._connections.wake, self._connections.watch, self._now,
+        self._lending = Lending(self._answer_call, self._connections.wake, self._connections.wait_for, self._now,
                                 lent.up())
         self._pump: Pump | None = None  # if something is lent, or a worker asks for a manager
         self._initializer = self._pack_initializer(spec)
@@ -197,7 +199,7 @@ class ClusterPort:
             node.key, self.group, self.client.id, messages.Versions.here(), node.workers,
             self._prefix, self._first_number, spec.max_tasks, spec.on_demand, self._initializer >= 0,
             bytes(mp_process.current_process().authkey), os.getcwd(), [str(arg) for arg in sys.argv],
-            spec.resources, self._replaces),
+            spec.resources, self._replaces, self.client.around.has_bulk()),
             [pieces(self._initializer)] if self._initializer >= 0 else [])
         node.first_slot = self._first_number % (1 << 16)
         self._first_number += node.workers
@@ -347,10 +349,14 @@ class ClusterPort:
             node, unsent = taken
             for message in unsent:
                 self._say(node, message)
+        for node in self._shipping.for_bulk():
+            self._lanes.pour(node)
 
     def _drain(self, nodes: list[Node], events: list[tuple[int, Any, list[int]]]) -> None:
         """Receive, until there is nothing more, from nodes that may have sent something."""
         for node in nodes:
+            if node.lane is not None:
+                self._lanes.stirred(node)
             dialer = node.dialer
             if dialer is None:
                 continue
@@ -422,8 +428,13 @@ class ClusterPort:
                 events.append((STOLEN, (message.batch, message.count), []))
         elif isinstance(message, messages.Got):
             self._shipping.got(node, message.key)
+            self._lanes.got(node, message.key)
         elif isinstance(message, messages.Missing):
             self._shipping.missing(node, message)
+        elif isinstance(message, messages.BulkOffer):
+            self._lanes.offered(node, message)
+        elif isinstance(message, messages.BulkOver):
+            self._lanes.ended(node, message.name)
         elif isinstance(message, messages.Output):
             _print(message.stream, message.data)
         elif isinstance(message, messages.Failed):
@@ -532,11 +543,13 @@ class ClusterPort:
             if kind == "placed":
                 self._follow(what)
             elif kind == "echo":
-                node, received, linked = what
+                node, received, linked, bulk = what
                 if received <= node.session.sent:
                     node.session.acknowledged(received)
                 self._connections.linked(node, linked)
                 self._shipping.look_again(node)
+                if node.lane is not None:
+                    self._lanes.echoed(node, bulk)
                 if node.luggage.objects and not node.lost:
                     self._shipping.tidy(node)
                     self._flush()
@@ -554,6 +567,7 @@ class ClusterPort:
         del self._nodes[node.key]
         batches = self._shipping.lose(node)
         self._lending.lost(node.key)
+        self._lanes.close(node)
         self._connections.lose(node)
         node.arrivals.close()
         for process in node.living.values():
@@ -590,6 +604,7 @@ class ClusterPort:
         self.client.remove(self._standing)
         self._lending.close()
         for node in self._nodes.values():
+            self._lanes.close(node)
             self._connections.leave(node)
             node.arrivals.close()
             node.luggage.end()

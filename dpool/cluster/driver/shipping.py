@@ -27,6 +27,7 @@ class Shipping:
         self._of_batch: dict[int, Node] = {}
         self._dealing: Dealing[Node] = Dealing()
         self._unsent: dict[Node, None] = {}  # nodes for which there may be something to be sent
+        self._for_bulk: dict[Node, None] = {}  # those for which there may be some of it by a bulk connection
 
     # -- what is left for nodes
 
@@ -110,7 +111,33 @@ class Shipping:
                 if node.has_room:
                     self._unsent[node] = None
                     return node, node.luggage.one_piece()
+                if node.pours and node.luggage.later:
+                    self._for_bulk[node] = None
             return None
+
+    def for_bulk(self) -> list[Node]:
+        """The nodes for which take() has left something to be sent by their bulk connections."""
+        if not self._for_bulk:
+            return []
+        with self._lock:
+            nodes = list(self._for_bulk)
+            self._for_bulk.clear()
+        return nodes
+
+    def take_for_bulk(self, node: Node) -> Iterable[Unsent] | None:
+        """A piece of a large object for a node, or nothing if that one has ended; None if there are no more, or if
+        something else is to be sent to the node first."""
+        with self._lock:
+            if node.lost or node.outbox or not node.luggage.later:
+                return None
+            return node.luggage.one_for_bulk()
+
+    def bulk_over(self, node: Node, message: messages.BulkOver, begun: Iterable[bytes]) -> None:
+        """A bulk connection has ended. Of the objects that were begun on it the node will say what it lacks."""
+        with self._lock:
+            for key in begun:
+                node.luggage.later.pop(key, None)
+            self._put(node, message)
 
     def look_again(self, node: Node) -> None:
         """Some of what was under way may have arrived: there may be room for more of a large object."""

@@ -278,7 +278,7 @@ class Membership:
         nodes = [NodeReport(id.hex(), node.state.host, node.state.addresses, node.state.cpus, node.state.memory_bytes,
                             sum(node.state.groups.values()), node.state.tasks_running, node.state.tasks_done,
                             node.state.versions.python, node.state.versions.dpool, round(now - node.seen, 3),
-                            node.state.resources, used.get(id, {}))
+                            node.state.resources, used.get(id, {}), node.state.bulk)
                  for id, node in self.nodes.items()]
         return Report(self.cluster.hex(), self.versions.python, self.versions.dpool, nodes, drivers)
 

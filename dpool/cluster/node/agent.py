@@ -7,6 +7,7 @@ part.py's. It unpickles nothing. Run by `dpool node`, in the thread that calls s
                                    |  --- requests to fork --->  zygote
     head   <--- TCP, CURVE ------- |
     other nodes <-- TCP, CURVE --> |
+    drivers and other nodes  --- pieces of objects: TCP, AES-GCM; see inlets.py, outlets.py
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from dpool.cluster.node.exchange import Exchange
+from dpool.cluster.node.inlets import Inlets
 from dpool.cluster.node.modules import Library
 from dpool.cluster.node.objects import ASK, GOT, READY, Deed
 from dpool.cluster.node.part import Part
@@ -26,6 +28,7 @@ from dpool.cluster.node.starting import Zygote, ZygoteContext
 from dpool.cluster.node.workers import Workers
 from dpool.cluster.store.transfer import BadPiece
 from dpool.cluster.wire import messages, sessions
+from dpool.cluster.wire.bulk import Gate
 from dpool.cluster.wire.keys import AGENT, DRIVER, HEAD, Keys
 from dpool.cluster.wire.links import Frame, Received, address_of
 from dpool.cluster.wire.surroundings import Surroundings
@@ -52,11 +55,15 @@ MakeWorkers = Callable[[Part, messages.Open], Workers]
 
 
 class Agent:
-    """Listens from the moment it is made. Raises ValueError for a bad address, OSError for one that is taken."""
+    """Listens from the moment it is made. Raises ValueError for a bad address, OSError for one that is taken.
+
+    `bulk_port`: where bulk connections are made, if they can be; 0 for any, None for nowhere.
+    """
 
     def __init__(self, keys: Keys, head: str, bind: str | None, cpus: int, stock: Stock,
                  log: Callable[[str], object], orphan_after_s: float = ORPHAN_AFTER_S,
-                 around: Surroundings | None = None, make_workers: MakeWorkers | None = None) -> None:
+                 around: Surroundings | None = None, make_workers: MakeWorkers | None = None,
+                 bulk_port: int | None = 0) -> None:
         self._around = around or Surroundings(keys)
         self._driver_keys = keys.for_drivers()
         self._log = log
@@ -67,11 +74,18 @@ class Agent:
             self._around.end()
             raise
         self.address = self._listener.address
+        try:
+            gate = self._open_gate(bulk_port)
+        except BaseException:
+            self._listener.close()
+            self._around.end()
+            raise
         self._head = self._around.dialer(AGENT, HEAD, head, again=True)
         self._waker = self._around.waker()
         self._waker.add(self._listener.descriptors)
         self._waker.add(self._head.descriptors)
-        self.exchange = Exchange(self._around, self._waker, self._listener, self._on_deed)
+        self.inlets = Inlets(self._around, self._waker, gate)
+        self.exchange = Exchange(self._around, self._waker, self._listener, self.inlets, self._on_deed)
         self.id = self._around.new_id()
         self._cpus = cpus
         self._stock = stock
@@ -94,6 +108,14 @@ class Agent:
         self._said = ""
         self._was_connected = False
         self._more = False  # other nodes may have sent more than was taken in
+
+    def _open_gate(self, port: int | None) -> Gate | None:
+        """Where bulk connections are made; None if there are none. Raises OSError if that port cannot be had."""
+        if port is None or not self._around.has_bulk():
+            if port:
+                self._log(f"port {port} for large objects is not used: cryptography is not installed (dpool[bulk])")
+            return None
+        return self._around.gate(self._listener.host, port)
 
     # -- the loop
 
@@ -119,6 +141,7 @@ class Agent:
         if now >= self._state_at:
             self._say_state()
             self._look_around(now)
+            self.inlets.tick()
             self.exchange.tick()
             self._state_at = now + STATE_EVERY_S
         self._listener.authenticate()
@@ -134,6 +157,8 @@ class Agent:
                 part.on_time(self._around.now())
             except _NONSENSE as error:
                 self._fail(part, error)
+        self.inlets.turn(ready)
+        self.exchange.turn(ready)
         # Last, and until there is nothing, for the same reason.
         for message in self._head.receive():
             self._from_head(message[0])
@@ -148,6 +173,7 @@ class Agent:
             self._more = self.exchange.receive()
             if not self._more:
                 break
+        self.inlets.go_on()
         for peer in self._listener.ended():
             self._on_broken(peer, self._around.now())
             self.exchange.peer_ended(peer)
@@ -162,6 +188,7 @@ class Agent:
         for part in list(self._parts.values()):
             self._drop(part)
         self.exchange.close()
+        self.inlets.close()
         self._head.close(linger_ms=200)
         self._listener.close()
         self._waker.close()
@@ -183,7 +210,7 @@ class Agent:
             self.id, self._number, socket.gethostname(), [self.address], self._cpus, self.versions,
             int(self._stock.total.get(MEMORY, 0)), groups,
             self._tasks_done + sum(part.ledger.tasks_done for part in self._parts.values()), running,
-            self._stock.total)),))
+            self._stock.total, self.inlets.address)),))
 
     def _from_head(self, data: Frame) -> None:
         try:
@@ -256,7 +283,8 @@ class Agent:
             # connections, and what was said on the one may come after the end of the other.
             part.gone_at = now + (DRIVER_LEASE_S if part.peer is not None else BROKEN_AFTER_S)
             part.session.acknowledged(message.received)
-            self._answer(peer, messages.Pulse(message.session, part.session.received, part.peer is not None))
+            self._answer(peer, messages.Pulse(message.session, part.session.received, part.peer is not None,
+                                              self.inlets.count(part)))
         elif isinstance(message, messages.Resume):
             part = self._parts.get(message.session)
             if part is None:
@@ -362,6 +390,7 @@ class Agent:
         if len(self._ended) > 10_000:
             del self._ended[next(iter(self._ended))]
         self._tasks_done += part.ledger.tasks_done
+        self.inlets.end(part)
         self.unwatch([descriptor for descriptor, owner in self._by_descriptor.items() if owner is part])
         part.close()
         self.exchange.part_ended(part.id)

@@ -187,6 +187,22 @@ class Objects:
         deeds += [Deed(GOT, key, part) for part in parts if (part, 0) in known.holders]
         return deeds if known.holders else deeds + self._end(key, known)
 
+    def needs(self, key: bytes, part: bytes) -> bool:
+        """Whether a part needs an object, as its driver has said."""
+        known = self._objects.get(key)
+        return known is not None and (part, 0) in known.holders
+
+    def lacking(self, part: bytes, now: float) -> list[Deed]:
+        """Some of what the driver of a part has sent may not have come, of whichever object: it is asked for all that
+        is still to come from it."""
+        deeds = []
+        for key in self._coming:
+            known = self._objects[key]
+            if known.part == part:
+                known.moved_at = now
+                deeds.append(Deed(ASK, key, part, have=known.have))
+        return deeds
+
     def heard(self, source: str, now: float) -> None:
         """A source has said something, of whichever object."""
         self._heard[source] = now

@@ -10,18 +10,20 @@ from __future__ import annotations
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 from dpool.cluster.node.batches import Batches
 from dpool.cluster.node.calls import Calls
 from dpool.cluster.node.exchange import Exchange
+from dpool.cluster.node.inlets import Inlets
 from dpool.cluster.node.modules import Library, Questions
 from dpool.cluster.node.output import Output
 from dpool.cluster.node.workers import Workers
 from dpool.cluster.store import segments
 from dpool.cluster.store.transfer import Arrivals, pieces
 from dpool.cluster.wire import frames, lent, messages, sessions
+from dpool.cluster.wire.bulk import Head
 from dpool.cluster.wire.death import Death
 from dpool.cluster.wire.events import MESSAGE
 from dpool.resources import Lacking
@@ -40,6 +42,7 @@ class Host(Protocol):
     """What a part asks of its node."""
 
     exchange: Exchange
+    inlets: Inlets
     library: Library
     versions: messages.Versions
 
@@ -84,6 +87,7 @@ class Part:
         self.questions = Questions(host.library)
         self.calls = Calls(self._post_call, lambda one: host.watch(self, (one,)), lambda one: host.unwatch((one,)))
         self.ending = False
+        self._bulk = False  # its driver can send by a bulk connection
         self._paused = False  # no more output is read
         self._stops: set[tuple[int, int]] = set()  # tasks to be stopped: batch, index
         self._stopped: set[int] = set()  # slots of workers that were ended for that
@@ -173,6 +177,12 @@ class Part:
                 self._host.exchange.let_go(key, self.id)
         elif isinstance(message, messages.Fetch):
             self._host.exchange.fetch(message, self.id)
+            if message.own and self._bulk and (offer := self._host.inlets.offer(self)) is not None:
+                self.post(offer)
+        elif isinstance(message, messages.BulkOver):
+            self._host.inlets.over(self, message.name)
+            if message.used:
+                self._host.exchange.lacking(self.id)
         elif isinstance(message, messages.Found):
             wanted = self.questions.found(message, self.arrivals.take(arrived))
             if wanted is not None:
@@ -189,6 +199,7 @@ class Part:
             self.post(messages.Failed(f"the node on {socket.gethostname()} cannot be used: {conflict}"))
             return
         self.group = message.group
+        self._bulk = message.bulk
         self.questions.home = self._host.home_of(message.group)
         try:
             self.workers = workers = self._host.make_workers(self, message)
@@ -240,6 +251,22 @@ class Part:
     def _close_tasks(self, workers: Workers) -> None:
         if not self.batches.held_back:
             workers.close_tasks()
+
+    # -- its bulk connection: see inlets.Owner
+
+    @property
+    def place(self) -> Hashable:
+        return self.id
+
+    @property
+    def received(self) -> int:
+        return self.session.received
+
+    def on_bulk(self, head: Head, piece: memoryview) -> None:
+        self._host.exchange.on_bulk_piece(self.id, head, piece)
+
+    def on_bulk_end(self, name: bytes) -> None:
+        self.post(messages.BulkOver(name))  # the driver says it, too, behind all that it has said before
 
     # -- what the workers say
 

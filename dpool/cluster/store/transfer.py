@@ -118,6 +118,18 @@ class Arrival(Filling):
         return [(at, checksum, os.pread(self.descriptor, nbytes, at)) for at, nbytes, checksum in
                 self._pieces[first:last]]
 
+    def has_after(self, start: int, upto: int) -> bool:
+        """Whether a piece is here that begins in that range."""
+        first = bisect.bisect_left(self._pieces, (start, 0, 0))
+        return first < len(self._pieces) and self._pieces[first][0] < upto
+
+    def next_after(self, start: int, upto: int) -> tuple[int, int, bytes] | None:
+        """The first of after(), if there is one."""
+        if not self.has_after(start, upto):
+            return None
+        at, nbytes, checksum = self._pieces[bisect.bisect_left(self._pieces, (start, 0, 0))]
+        return at, checksum, os.pread(self.descriptor, nbytes, at)
+
 
 class Arrivals:
     """The segments of which pieces have come, in order. Owns their descriptors until they are taken."""

@@ -105,7 +105,8 @@ class Listener:
             self.close()
             raise OSError(error.errno, f"cannot listen on {address}: {os.strerror(error.errno or 0)}") from None
         bound = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.port = parse_address(bound)[1]
+        bound_host, self.port = parse_address(bound)
+        self.host = bound_host.removeprefix("::ffff:")  # in figures, also where the address names an interface
         self.address = address_of(host, self.port)
         self.descriptors = [int(s.getsockopt(zmq.FD)) for s in (self._socket, self._zap, self._monitor)]
 
@@ -298,6 +299,10 @@ class Waker:
             except (FileNotFoundError, OSError):
                 pass  # closed already
 
+    def want_room(self, descriptor: int, wanted: bool) -> None:
+        """Whether wait() is to return also when something can be written to a descriptor that was added."""
+        self._epoll.modify(descriptor, select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
+
     def wake(self) -> None:
         """Make the current or next wait() return. Any thread may."""
         bell = self._bell
@@ -305,7 +310,8 @@ class Waker:
             bell.ring()
 
     def wait(self, timeout: float | None) -> set[int]:
-        """The descriptors that are readable, after at most `timeout` seconds, or never if None."""
+        """The descriptors that are readable, or have the room that is wanted, after at most `timeout` seconds, or never
+        if None."""
         ready = {descriptor for descriptor, _ in self._epoll.poll(-1 if timeout is None else max(timeout, 0))}
         bell = self._bell
         if bell is not None and bell.descriptor in ready:

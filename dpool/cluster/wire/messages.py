@@ -77,6 +77,7 @@ class NodeState(Message, frozen=True):
     tasks_done: Number = 0
     tasks_running: Number = 0
     resources: Amounts = {}
+    bulk: Name = ""  # where it listens for bulk connections, if it does
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -178,6 +179,7 @@ class NodeReport(msgspec.Struct, frozen=True):
     seen_s: float
     resources: dict[str, float] = {}
     resources_used: dict[str, float] = {}
+    bulk: str = ""
 
 
 class DriverReport(msgspec.Struct, frozen=True):
@@ -229,6 +231,7 @@ class Open(Message, frozen=True):
     argv: list[Text] = []
     needs: Amounts = {}  # what each worker takes of the node
     replaces: bool = False  # the program was started by `dpool run`: its workers replace the names, too
+    bulk: bool = False  # it can send objects by a bulk connection
 
 
 class Resume(Message, frozen=True):
@@ -244,11 +247,13 @@ class Resume(Message, frozen=True):
 
 class Pulse(Message, frozen=True):
     """Said once a second on a connection of its own, and echoed: I am alive, this is what I have received. A node that
-    is not `linked` has no connection for the session: it has seen the end of one, which the driver may not have."""
+    is not `linked` has no connection for the session: it has seen the end of one, which the driver may not have. By the
+    bulk connection it has got `bulk` pieces."""
 
     session: Id
     received: Number
     linked: bool = True
+    bulk: Number = 0
 
 
 class Demand(Message, frozen=True):
@@ -323,6 +328,14 @@ class Answer(Message, frozen=True):
     outcome: Operation
     number: int = 0
     content: Content = b""
+
+
+class BulkOver(Message, frozen=True):
+    """The bulk connection of this name is no more, or will not be; another one is another offer. `used`: pieces were
+    sent on it, some of which may not have come. Who receives says it if it is the first to know; who sends, always."""
+
+    name: Id
+    used: bool = False
 
 
 class Bye(Message, frozen=True):
@@ -423,6 +436,15 @@ class Missing(Message, frozen=True):
     source: Name = ""
 
 
+class BulkOffer(Message, frozen=True):
+    """A bulk connection is expected at `address`, from who says `name` and has `key`: pieces of large objects may come
+    by it. See wire/bulk.py. Said to a driver, and by a node to the one that gives it objects."""
+
+    name: Id
+    key: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    address: Name
+
+
 class Output(Message, frozen=True):
     """What workers have written to stdout (1) or stderr (2): whole lines."""
 
@@ -519,9 +541,11 @@ class Piece(Message, frozen=True):
 
 
 class Patience(Message, frozen=True):
-    """There is nothing more of this object here yet; there will be."""
+    """There is nothing more of this object here yet, or more of it is on its way by a bulk connection: what was `sent`
+    by that ends there."""
 
     key: Id
+    sent: Number = 0
 
 
 class NotHere(Message, frozen=True):
@@ -533,11 +557,11 @@ class NotHere(Message, frozen=True):
 ToHead = NodeState | DriverState | Ask | StopCluster | Leaving
 FromHead = Welcome | Refused | Placed | Report | StopCluster
 ToNode = (Open | Resume | Pulse | Demand | Steal | GiveBack | Stop | CloseTasks | Kill | Signal | Forget
-          | ForgetObjects | Fetch | Bye | Found | Answer)
+          | ForgetObjects | Fetch | Bye | Found | Answer | BulkOver)
 FromNode = (Opened | Failed | Gone | Resumed | Pulse | Started | Died | Lost | GivenBack | Stolen | Got | Missing
-            | Output | Wanted | Call | Dropped | Returned | Ended)
-ToSource = Pull | Enough
-FromSource = Piece | Patience | NotHere
+            | Output | Wanted | Call | Dropped | Returned | Ended | BulkOffer | BulkOver)
+ToSource = Pull | Enough | BulkOffer | BulkOver
+FromSource = Piece | Patience | NotHere | BulkOver
 
 encode = msgspec.msgpack.Encoder().encode
 to_head = msgspec.msgpack.Decoder(ToHead)

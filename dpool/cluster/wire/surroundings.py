@@ -1,4 +1,4 @@
-"""What head, nodes and drivers take from the world around them: links, the time, and names that nobody else has.
+"""What head, nodes and drivers take from the world around them: connections, the time, names that nobody else has.
 
 Makes them, and owns the ZeroMQ context that they share; decides nothing and sends nothing. Each head, agent and client
 has one; under the simulation it is the simulation's.
@@ -11,6 +11,7 @@ import time
 
 import zmq
 
+from dpool.cluster.wire import bulk
 from dpool.cluster.wire.keys import DriverKeys, Keys
 from dpool.cluster.wire.links import Dialer, Listener, Waker, local_host
 
@@ -32,6 +33,18 @@ class Surroundings:
     def dialer(self, role: str, server: str, address: str, again: bool = False) -> Dialer:
         """Raises ValueError for a bad address."""
         return Dialer(self._context, self._keys, role, server, address, again)
+
+    def has_bulk(self) -> bool:
+        """Whether there can be bulk connections."""
+        return bulk.available()
+
+    def gate(self, host: str, port: int) -> bulk.Gate:
+        """Raises OSError for an address that cannot be bound."""
+        return bulk.Gate(host, port)
+
+    def sender(self, address: str, name: bytes, key: bytes) -> bulk.Sender:
+        """Raises ValueError for a bad address, OSError if there can be no connection."""
+        return bulk.Sender(address, name, key)
 
     def waker(self) -> Waker:
         return Waker()
