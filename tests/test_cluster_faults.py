@@ -169,9 +169,9 @@ def test_a_zygote_that_dies_is_replaced(cluster: Cluster) -> None:
 
 
 def test_without_a_node_a_pool_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpool.cluster.driver import remote
+    from dpool.cluster.driver import connections
 
-    monkeypatch.setattr(remote, "OPEN_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(connections, "OPEN_TIMEOUT_S", 0.5)
     with Cluster(tmp_path, nodes=0) as cluster, Driver(cluster):
         with pytest.raises(ClusterError, match=r"has no node: start one with dpool node tcp://127\.0\.0\.1:\d+"):
             Pool(2)

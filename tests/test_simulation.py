@@ -25,7 +25,7 @@ SHARES = 8
 # Within so many histories each mutant must be caught.
 CAUGHT_WITHIN = 150
 # Where to begin, for those that are seldom noticed.
-FIRST = {"driver: a lost node is not dismissed": 1800, "driver: a lost node is avoided for ever": 700,
+FIRST = {"driver: a lost node is not dismissed": 1800,
          "node: does not send again": 185, "objects: a source that is silent is waited for": 230,
          "node: the last pulse of the dead renews their lease": 455, "head: placements are said once": 1171}
 # Seeds that notice a bug that dpool once had, their kind, and what it was.
