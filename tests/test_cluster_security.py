@@ -26,7 +26,7 @@ import zmq
 from clusters import ROOT, Cluster, Driver, until, workers_of
 
 import dpool
-from dpool.cli.commands import ask
+from dpool.cli.asking import ask
 from dpool.cluster.head.server import Head
 from dpool.cluster.node import machine
 from dpool.cluster.node.agent import Agent

@@ -20,7 +20,7 @@ import zmq
 from clusters import ROOT, Cluster
 
 from dpool.cli import doctor
-from dpool.cli.commands import ask
+from dpool.cli.asking import ask
 from dpool.cluster.wire import bulk, messages
 from dpool.cluster.wire.keys import Keys, write
 

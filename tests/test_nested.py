@@ -21,7 +21,7 @@ from clusters import Cluster, Driver, children_of, until, workers_of
 from leftovers import Watched
 
 import dpool
-from dpool.cli.commands import ask
+from dpool.cli.asking import ask
 from dpool.cluster.wire import messages
 from dpool.errors import GroupBroken, WorkerDied
 from dpool.multiprocessing import Pool

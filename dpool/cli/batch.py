@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dpool.cli.commands import ask
+from dpool.cli.asking import ask
 from dpool.cli.jobs import Job
 from dpool.cluster.head.server import Head
 from dpool.cluster.node import machine

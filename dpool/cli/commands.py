@@ -12,21 +12,18 @@ import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-import zmq
 
 from dpool import __version__
+from dpool.cli.asking import ask
 from dpool.cluster.wire import keys as cluster_keys
 from dpool.cluster.wire import links, messages
 from dpool.errors import ClusterError, DpoolError, KeyProblem
 
 DEFAULT_ADDRESS = "tcp://127.0.0.1:7077"
-# How long a command waits for the head's answer.
-ANSWER_TIMEOUT_S = 10.0
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -164,32 +161,6 @@ def _node(options: argparse.Namespace) -> int:
 def _ask(options: argparse.Namespace, question: messages.ToHead) -> messages.FromHead:
     address = options.address or os.environ.get("DPOOL_ADDRESS") or DEFAULT_ADDRESS
     return ask(cluster_keys.find(options.key), address, question)
-
-
-def ask(keys: cluster_keys.Keys, address: str, question: messages.ToHead) -> messages.FromHead:
-    """Ask the head something. Raises ClusterError if it does not answer."""
-    context = zmq.Context()
-    dialer = links.Dialer(context, keys, cluster_keys.DRIVER, cluster_keys.HEAD, address)
-    waker = links.Waker()
-    waker.add(dialer.descriptors)
-    try:
-        dialer.send((messages.encode(question),))
-        end = time.monotonic() + ANSWER_TIMEOUT_S
-        while (left := end - time.monotonic()) > 0 and not dialer.broken:
-            for frames in dialer.receive():
-                try:
-                    answer: messages.FromHead = messages.from_head.decode(frames[0])
-                    return answer
-                except msgspec.DecodeError:
-                    raise ClusterError(f"the head at {address} speaks another version of dpool's protocol") from None
-            dialer.watch()
-            if not dialer.broken:
-                waker.wait(left)
-        raise ClusterError(f"no head of a dpool cluster at {address}: {dialer.failure or 'no answer'}")
-    finally:
-        dialer.close()
-        waker.close()
-        context.term()
 
 
 def _status(options: argparse.Namespace) -> int:

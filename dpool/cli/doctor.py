@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from dpool.cli.commands import ask
+from dpool.cli.asking import ask
 from dpool.cluster.node.limits import process_limit
 from dpool.cluster.wire import bulk, links, messages
 from dpool.cluster.wire import keys as cluster_keys
