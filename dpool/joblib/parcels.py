@@ -16,7 +16,7 @@ from dpool.objects import ObjectRef
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
 # Buffers from this size on travel beside the pickle, without a copy into it. Smaller ones would cost more to handle
@@ -112,19 +112,11 @@ def _pickler() -> Any:
     return Pickler
 
 
-def culprit(value: Any, name: str, depth: int = 6) -> str:
-    """The path to the innermost part of `value` that cannot be pickled, as `name.attribute[0]: type`."""
-    while depth:
-        depth -= 1
-        for suffix, part in _parts(value):
-            if _is_bad(part):
-                name += suffix
-                value = part
-                break
-        else:
-            break
-    kind = type(value)
-    return f"{name}: {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")
+def culprit(value: Any, name: str) -> str:
+    """See dpool.culprits."""
+    from dpool import culprits
+
+    return culprits.culprit(value, name, _is_bad)
 
 
 def _is_bad(part: Any) -> bool:
@@ -133,21 +125,3 @@ def _is_bad(part: Any) -> bool:
     except Exception:
         return True
     return False
-
-
-# Of a container that holds more, only so many items are searched for a culprit.
-_SEARCHED_ITEMS = 1000
-
-
-def _parts(whole: Any) -> Iterable[tuple[str, Any]]:
-    if isinstance(whole, dict):
-        return [(f"[{key!r}]", item) for key, item in list(whole.items())[:_SEARCHED_ITEMS]]
-    if isinstance(whole, (list, tuple, set, frozenset)):
-        return [(f"[{i}]", item) for i, item in enumerate(list(whole)[:_SEARCHED_ITEMS])]
-    if getattr(whole, "__closure__", None):
-        names = whole.__code__.co_freevars
-        return [(f".{name}", cell.cell_contents) for name, cell in zip(names, whole.__closure__, strict=True)]
-    attributes = getattr(whole, "__dict__", None)
-    if isinstance(attributes, dict):
-        return [(f".{key}", item) for key, item in list(attributes.items())[:_SEARCHED_ITEMS]]
-    return []

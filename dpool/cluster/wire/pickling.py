@@ -295,33 +295,16 @@ class Pickles:
         return pickle.loads(data, buffers=mine)
 
 
-def culprit(value: Any, name: str, depth: int = 6) -> str:
-    """The path to the innermost part of `value` that cannot be pickled, as `name.attribute[0]: type`."""
-    def bad(part: Any) -> bool:
-        try:
-            pickle.dumps(part, PROTOCOL)
-        except Exception:
-            return True
-        return False
+def culprit(value: Any, name: str) -> str:
+    """See dpool.culprits. By plain pickle."""
+    from dpool import culprits
 
-    def parts(whole: Any) -> Iterable[tuple[str, Any]]:
-        if isinstance(whole, dict):
-            yield from ((f"[{key!r}]", item) for key, item in list(whole.items())[:1000])
-        elif isinstance(whole, (list, tuple, set, frozenset)):
-            yield from ((f"[{i}]", item) for i, item in enumerate(list(whole)[:1000]))
-        elif getattr(whole, "__closure__", None):
-            yield from ((f".__closure__[{i}]", cell.cell_contents) for i, cell in enumerate(whole.__closure__))
-        else:
-            yield from ((f".{key}", item) for key, item in list(getattr(whole, "__dict__", {}).items())[:1000])
+    return culprits.culprit(value, name, _is_bad)
 
-    while depth:
-        depth -= 1
-        for suffix, part in parts(value):
-            if bad(part):
-                name += suffix
-                value = part
-                break
-        else:
-            break
-    kind = type(value)
-    return f"{name}: {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")
+
+def _is_bad(part: Any) -> bool:
+    try:
+        pickle.dumps(part, PROTOCOL)
+    except Exception:
+        return True
+    return False
