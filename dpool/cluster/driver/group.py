@@ -218,6 +218,8 @@ class Group:
                 self._unattend()
             if batch is None or self._send(batch):
                 self._pump()
+        except DpoolError:  # refused
+            raise
         except BaseException:
             self._put_back()
             raise
@@ -572,7 +574,7 @@ class Group:
             if count:
                 with self._lock:
                     self._dispatch.stolen(batch.number, count, now)
-        due = [number for number, when in self._suspects.items() if when <= now]
+        due = [number for number, when in tuple(self._suspects.items()) if when <= now]
         if due:
             claimed = self.port.claimed()
             with self._lock:
