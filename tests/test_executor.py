@@ -613,10 +613,9 @@ def test_stopping_the_workers_fails_what_runs_and_cancels_the_rest(tmp_path: Pat
     assert sum(future.cancelled() for future in queued) >= 9
     with pytest.raises(RuntimeError):
         executor.submit(tasks.double, 1)
-    process.join(PATIENCE_S)
+    executor.shutdown()  # not process.join(): who is told second of a death that two threads wait for learns no exit code
     assert process.exitcode == {"terminate_workers": -15, "kill_workers": -9}[stop]
     getattr(executor, stop)()
-    executor.shutdown()
     getattr(executor_of(1), stop)()  # nothing was started: nothing to stop
 
 
@@ -629,7 +628,7 @@ def test_only_terminate_workers_lets_a_task_handle_its_end(tmp_path: Path, stop:
     gate.wait()
     [process] = executor._processes.values()
     getattr(executor, stop)()
-    process.join(PATIENCE_S)
+    executor.shutdown()
     assert (tasks.marks(note), process.exitcode) == (handled, exitcode)
     with pytest.raises(ValueError, match="Unsupported operation: 'stop'"):
         executor._force_shutdown("stop")
