@@ -613,7 +613,7 @@ def test_stopping_the_workers_fails_what_runs_and_cancels_the_rest(tmp_path: Pat
     assert sum(future.cancelled() for future in queued) >= 9
     with pytest.raises(RuntimeError):
         executor.submit(tasks.double, 1)
-    executor.shutdown()  # not process.join(): who is told second of a death that two threads wait for learns no exit code
+    executor.shutdown()  # not process.join(): of two threads that wait for a death one may learn no exit code
     assert process.exitcode == {"terminate_workers": -15, "kill_workers": -9}[stop]
     getattr(executor, stop)()
     getattr(executor_of(1), stop)()  # nothing was started: nothing to stop
