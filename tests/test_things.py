@@ -418,7 +418,8 @@ class Caller:
         for descriptor in self.watched:
             poll.register(descriptor, select.POLLIN)
         for descriptor, _ in poll.poll(10_000):
-            assert self.calls.on_ready(descriptor)
+            if descriptor in self.watched:  # what was seen of another may have ended this one
+                assert self.calls.on_ready(descriptor)
 
     def close(self) -> None:
         self.calls.close()
