@@ -35,6 +35,13 @@ def begin_and_wait(begun: str, go: str) -> int:
     return 1
 
 
+class Leaving:
+    """Whoever unpickles it raises SystemExit."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
 class Argument:
     """It can be referred to weakly."""
 
@@ -343,6 +350,14 @@ def test_a_future_that_raises_that_is_large_and_that_takes_its_time(fifos: tuple
         for thread in waiting:
             thread.join(PATIENCE_S)
             assert not thread.is_alive()
+
+
+def test_what_cannot_be_rebuilt_is_told_as_ever() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor:
+        executor.submit(double, 1).result()
+        with pytest.raises(BrokenProcessPool, match="could not be rebuilt here: SystemExit"):
+            executor.submit(Leaving).result()
+        assert executor.submit(double, 2).result() == 4
 
 
 def test_a_worker_dies_while_one_waits_for_its_future() -> None:

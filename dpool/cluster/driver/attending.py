@@ -91,7 +91,9 @@ class Attending:
             return False
         try:
             [value] = pickling.unpack(message[frames.RESULTS.size:], (), True)  # type: ignore[misc]
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # code of the user's raises anything
             return False  # the I/O thread says what is wrong with it
         with self._lock:
             if not self.leads or not self._is_alone(job) or number not in self._dispatch.inflight:
