@@ -32,7 +32,6 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
 _MAPPED = "looks for a numpy.memmap: a cluster's workers get large arrays read-only, but the file is on another machine"
 _CAPACITY = "expects n_jobs=-1 of threads to be that of the default backend, which here is the cluster's"
 _LOG = "looks for what multiprocessing logs when workers are started, which the nodes do"
-_MANAGER = "passes proxies of a Manager that can be reached from its own machine only"
 _FILES = "expects workers to see the files of the program's machine"
 _LOKY = "starts loky in a task: its processes look for modules on their own machine's disk"
 
@@ -50,12 +49,6 @@ ON_A_CLUSTER: tuple[tuple[str, str], ...] = (
 )
 # and for one whose machines share no files.
 ON_HOSTS: tuple[tuple[str, str], ...] = (
-    ("test_dispatch_multiprocessing[dpool]", _MANAGER),
-    *((f"test_initializer_context[{context}-dpool-{n_jobs}]", _MANAGER)
-      for context in ("parallel_config", "parallel_backend") for n_jobs in (2, 4)),
-    *((f"test_initializer_{kind}[{n_jobs}]", _MANAGER)
-      for kind in ("parallel", "reused", "not_reused") for n_jobs in (("dpool-2", "dpool-4") if kind == "parallel"
-                                                                      else (2, 4))),
     ("test_parallel_call_cached_function_defined_in_jupyter[True]", _FILES),
     ("test_parallel_call_cached_function_defined_in_jupyter[False]", _FILES),
     ("test_concurrency_safe_write[dpool]", _FILES),
