@@ -16,6 +16,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent import futures as stdlib
@@ -30,6 +31,7 @@ from executor_tasks import Gate
 import dpool
 from dpool.concurrent import futures
 from dpool.concurrent.futures import ProcessPoolExecutor, as_completed, wait
+from dpool.concurrent.futures.process import Future
 
 PATIENCE_S = 60.0
 METHODS = ["fork", "forkserver", "spawn"]
@@ -684,3 +686,60 @@ def test_warnings_are_silent_in_development_mode() -> None:
                "with ProcessPoolExecutor(2) as executor: print(list(executor.map(abs, [-1, 2])))")
     done = run(program, "-X", "dev", "-W", "ignore::DeprecationWarning")
     assert (done.stdout, done.stderr) == ("[1, 2]\n", "")
+
+
+class Intruded(Future):
+    """Calls `intrude` in the moment before its state changes: what another thread may do then."""
+
+    intrude: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_state" and self.intrude is not None:
+            intrude, self.intrude = self.intrude, None
+            intrude()
+        super().__setattr__(name, value)
+
+
+def test_a_callback_that_comes_as_the_result_does_is_called_once() -> None:
+    future = Intruded()
+    assert future.set_running_or_notify_cancel()
+    called: list[Any] = []
+    future.intrude = lambda: future.add_done_callback(called.append)
+    future.set_result(7)
+    assert called == [future] and future.result() == 7
+    future.add_done_callback(called.append)
+    assert called == [future] * 2
+
+
+def test_who_begins_to_wait_as_the_result_comes_is_woken() -> None:
+    future = Intruded()
+    assert future.set_running_or_notify_cancel()
+    found: list[Any] = []
+    waiting = [threading.Thread(target=lambda: found.append(future.result(PATIENCE_S))),
+               threading.Thread(target=lambda: found.append(len(stdlib.wait([future], PATIENCE_S).done)))]
+
+    def begin() -> None:
+        for thread in waiting:
+            thread.start()
+        until = time.monotonic() + PATIENCE_S
+        while not (future._condition._waiters and future._waiters) and time.monotonic() < until:
+            time.sleep(0.001)
+
+    future.intrude = begin
+    future.set_result(7)
+    for thread in waiting:
+        thread.join(PATIENCE_S)
+    assert sorted(found) == [1, 7]
+
+
+def test_a_call_that_is_cancelled_as_it_begins_is_one_or_the_other() -> None:
+    future = Intruded()
+    said: list[bool] = []
+    future.intrude = lambda: said.append(future.cancel())
+    assert future.set_running_or_notify_cancel() and said == [False] and future.running()
+    future = Intruded()
+    begins = threading.Thread(target=lambda: said.append(future.set_running_or_notify_cancel()))
+    future.intrude = begins.start  # it waits for the condition, which cancel() has
+    assert future.cancel()
+    begins.join(PATIENCE_S)
+    assert said == [False, False] and future.cancelled()
