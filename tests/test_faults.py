@@ -576,7 +576,7 @@ def test_a_function_that_cannot_be_pickled_is_refused_at_the_call_and_named() ->
             return value
 
     with sturdy_pool() as pool:
-        with pytest.raises(TypeError, match=r"locked\.__closure__\[0\]: _thread.lock"):
+        with pytest.raises(TypeError, match=r"locked\.lock: _thread.lock"):
             pool.apply_async(locked, (1,))
         assert not pool._cache or all(not result.ready() for result in pool._cache.values())
 
