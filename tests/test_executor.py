@@ -31,7 +31,7 @@ from executor_tasks import Gate
 import dpool
 from dpool.concurrent import futures
 from dpool.concurrent.futures import ProcessPoolExecutor, as_completed, wait
-from dpool.concurrent.futures.process import Future
+from dpool.concurrent.futures.process import Future, _Call
 
 PATIENCE_S = 60.0
 METHODS = ["fork", "forkserver", "spawn"]
@@ -708,6 +708,24 @@ def test_a_callback_that_comes_as_the_result_does_is_called_once() -> None:
     future.set_result(7)
     assert called == [future] and future.result() == 7
     future.add_done_callback(called.append)
+    assert called == [future] * 2
+
+
+def test_a_callback_that_comes_as_who_waits_receives_the_result_is_called_once() -> None:
+    future = Intruded()
+    assert future.set_running_or_notify_cancel()
+    call = _Call(future, {}, 0, abs, (), {})
+    called: list[Any] = []
+
+    class Group:
+        def attend(self, job: Any, timeout: float | None = None) -> None:
+            future.intrude = lambda: future.add_done_callback(called.append)
+            assert call.set_alone(7)
+
+    future._waits = (Group(), None)
+    assert future.result(PATIENCE_S) == 7 and called == [future]
+    future.add_done_callback(called.append)
+    call.set(0, [7])  # as if the thread had been interrupted
     assert called == [future] * 2
 
 

@@ -379,8 +379,8 @@ class Future(_base.Future):  # type: ignore[type-arg]
     for it: most results are there before.
 
     Who sets a result without a condition looks afterwards whether there is one by now. Who has made it looks at the
-    state, holding it, after that. So one of the two sees the other. Whether a call runs or is cancelled is settled by
-    who is first to say so in the future's dictionary.
+    state, holding it, after that. So one of the two sees the other; and so it is with callbacks. Whether a call runs or
+    is cancelled is settled by who is first to say so in the future's dictionary.
     """
 
     # The group and what it calls this future's call, until it has an outcome.
@@ -391,7 +391,8 @@ class Future(_base.Future):  # type: ignore[type-arg]
         self._state = PENDING
         self._result = self._exception = None
         self._waiters: list[Any] = []
-        self._done_callbacks: list[Any] = []
+        # By a number each: who takes one out calls it, so that each is called once, whoever else is about to.
+        self._callbacks: dict[int, Callable[[Any], object]] = {}
 
     @property
     def _condition(self) -> Any:  # type: ignore[override]
@@ -421,7 +422,35 @@ class Future(_base.Future):  # type: ignore[type-arg]
                 for waiter in self._waiters:
                     waiter.add_result(self)
                 self._condition.notify_all()
+        if self._callbacks:
             self._invoke_callbacks()
+
+    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
+        """See concurrent.futures.Future."""
+        number = next(_callback_numbers)
+        self._callbacks[number] = fn
+        if self._state in _DONE:
+            self._call_back(number)
+
+    def _invoke_callbacks(self) -> None:
+        for number in list(self._callbacks):
+            self._call_back(number)
+
+    def _call_back(self, number: int) -> None:
+        callback = self._callbacks.pop(number, None)
+        if callback is not None:
+            try:
+                callback(self)
+            except Exception:
+                _base.LOGGER.exception("exception calling callback for %r", self)
+
+    def cancelled(self) -> bool:
+        """See concurrent.futures.Future."""
+        return self._state in _CANCELLED
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """See concurrent.futures.Future."""
+        return self._exception if self._state == FINISHED else super().exception(timeout)
 
     def done(self) -> bool:
         """See concurrent.futures.Future."""
@@ -440,10 +469,14 @@ class Future(_base.Future):  # type: ignore[type-arg]
                 waits[0].attend(waits[1], timeout)
                 timeout = max(deadline - time.monotonic(), 0)
             waits = None
+            if self._callbacks and self._state == FINISHED:  # it has come as this thread received the result
+                self._invoke_callbacks()
         return super().result(timeout)
 
 
-_DONE = frozenset((CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED))
+_CANCELLED = frozenset((CANCELLED, CANCELLED_AND_NOTIFIED))
+_DONE = _CANCELLED | {FINISHED}
+_callback_numbers = itertools.count()
 
 
 class _Call:
@@ -478,7 +511,7 @@ class _Call:
         future: Any = self.future
         condition = future._condition
         with condition:
-            if future._done_callbacks or future._waiters or condition._waiters:
+            if future._callbacks or future._waiters or condition._waiters:
                 return False
             future._result = value
             future._state = FINISHED
@@ -489,8 +522,8 @@ class _Call:
         self._settle()
         try:
             self.future.set_result(values[0])
-        except InvalidStateError:
-            pass  # whoever holds the future has set it
+        except InvalidStateError:  # whoever holds the future has set it, or has received the result
+            self.future._invoke_callbacks()
         except BaseException:
             _report()
 
