@@ -105,6 +105,9 @@ def test_the_limits_of_a_real_process(key: Path) -> None:
                           timeout=60, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
     wrong = [line for line in done.stdout.splitlines() if line.startswith("WRONG")]
     assert done.returncode == 1 and done.stderr == ""
+    # A busy machine may find its link slow, too.
+    wrong = [line for line in wrong if "encrypted link" not in line]
+    assert len(wrong) >= 2
     assert wrong[0].startswith("WRONG  open files: a process may have 128 files open")
     assert wrong[-1].startswith("WRONG  shared memory: a segment of 16 MiB cannot be had (File too large)")
 
