@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from dpool.cluster.driver import connections, handing
+from dpool.cluster.driver import connections
 from dpool.cluster.driver.client import Client, Standing
 from dpool.cluster.driver.connections import Connections
 from dpool.cluster.driver.lanes import Lanes
@@ -119,6 +119,8 @@ class ClusterPort:
         them raises."""
         if spec.initializer is None:
             return -1
+        from dpool.cluster.driver import handing  # and much of multiprocessing with it, which others do without
+
         try:
             return segments.write([handing.pickled(spec.initializer, spec.initargs, self._lending)])[0]
         except BaseException:

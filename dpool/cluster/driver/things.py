@@ -6,7 +6,6 @@ the I/O thread of a group. Only Semaphore.wait() waits, in a thread of lending.p
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import select
@@ -14,7 +13,9 @@ import socket
 import stat
 import struct
 import time
+from array import array
 from collections import deque
+from functools import cache
 
 from dpool.cluster.wire import lent
 from dpool.cluster.wire.handles import reopen
@@ -27,19 +28,24 @@ if TYPE_CHECKING:
 # Outcome, number, content.
 Outcome = tuple[int, int, bytes]
 
+# A struct timespec.
+_TIMESPEC = struct.Struct("@ll")
 _SHORT, _LONG = struct.Struct("!i"), struct.Struct("!Q")
+# A plain number: what `|` of the enum's members costs is a microsecond.
+_SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 # What is read from a pipe at once.
 _READ_BYTES = 1 << 20
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+@cache
+def _libc() -> Any:
+    """The C library. Loaded when a semaphore is lent: most drivers lend none."""
+    import ctypes
 
-
-_libc: Any = ctypes.CDLL(None, use_errno=True)
-for _name in ("sem_trywait", "sem_post", "sem_getvalue", "sem_timedwait"):
-    getattr(_libc, _name).argtypes = [ctypes.c_void_p]
-_libc.sem_getvalue.argtypes = _libc.sem_timedwait.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    libc.sem_trywait.argtypes = libc.sem_post.argtypes = [ctypes.c_void_p]
+    libc.sem_getvalue.argtypes = libc.sem_timedwait.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    return libc
 
 
 class Semaphore:
@@ -49,26 +55,27 @@ class Semaphore:
     def __init__(self, semlock: Any, is_lock: bool) -> None:
         self._semlock = semlock  # as long as this is referred to, there is the semaphore
         self._handle = semlock.handle
+        self._libc = _libc()
         self._maxvalue = semlock.maxvalue
         self.is_lock = is_lock  # who dies with it holds up everybody
 
     def take(self) -> bool:
         """Take one, if there is one."""
-        return _libc.sem_trywait(self._handle) == 0  # type: ignore[no-any-return]
+        return self._libc.sem_trywait(self._handle) == 0  # type: ignore[no-any-return]
 
     def wait(self, seconds: float) -> bool:
         """Take one; False if there is none for so long. The only one that waits."""
         until = time.time() + seconds
-        limit = _Timespec(int(until), int(until % 1 * 1e9))
-        return _libc.sem_timedwait(self._handle, ctypes.byref(limit)) == 0  # type: ignore[no-any-return]
+        limit = _TIMESPEC.pack(int(until), int(until % 1 * 1e9))
+        return self._libc.sem_timedwait(self._handle, limit) == 0  # type: ignore[no-any-return]
 
     def give(self) -> None:
-        _libc.sem_post(self._handle)
+        self._libc.sem_post(self._handle)
 
     def value(self) -> int:
-        found = ctypes.c_int()
-        _libc.sem_getvalue(self._handle, ctypes.byref(found))
-        return found.value
+        found = array("i", [0])
+        self._libc.sem_getvalue(self._handle, found.buffer_info()[0])
+        return found[0]
 
     def release(self) -> Outcome:
         if self.value() >= self._maxvalue:
@@ -189,7 +196,7 @@ class Connection:
         try:
             while rest.nbytes:
                 if self._socket is not None:
-                    rest = rest[self._socket.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL):]
+                    rest = rest[self._socket.send(rest, _SEND):]
                 else:
                     rest = rest[os.write(self.descriptor, rest):]
         except BlockingIOError:

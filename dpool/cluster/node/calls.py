@@ -1,7 +1,7 @@
 """The calls of one group's workers to what their driver has lent them: passed on, and the answers handed back.
 
 Knows who asks, and sees when nobody waits any longer and when a process that has called has ended; what a call does is
-the driver's. Called by node/agent.py, which reads calls from the socket of its workers and watches descriptors for it.
+the driver's. Called by node/part.py, which reads calls from the socket of its workers and watches descriptors for it.
 """
 
 from __future__ import annotations

@@ -386,7 +386,7 @@ class Workers:
         """Take the next message from the socket, as a worker would; the number of its batch. None if there is none."""
         try:
             header, control, _, _ = self._tasks_end.recvmsg(frames.TASKS.size, _CONTROL_BYTES,
-                                                            socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+                                                            _RECEIVE)
         except OSError:
             return None
         for descriptor in _descriptors(control):
