@@ -31,7 +31,7 @@ from executor_tasks import Gate
 import dpool
 from dpool.concurrent import futures
 from dpool.concurrent.futures import ProcessPoolExecutor, as_completed, wait
-from dpool.concurrent.futures.process import Future, _Call
+from dpool.concurrent.futures.future import Call, Future
 
 PATIENCE_S = 60.0
 METHODS = ["fork", "forkserver", "spawn"]
@@ -714,7 +714,7 @@ def test_a_callback_that_comes_as_the_result_does_is_called_once() -> None:
 def test_a_callback_that_comes_as_who_waits_receives_the_result_is_called_once() -> None:
     future = Intruded()
     assert future.set_running_or_notify_cancel()
-    call = _Call(future, {}, 0, abs, (), {})
+    call = Call(future, {}, 0, abs, (), {})
     called: list[Any] = []
 
     class Group:

@@ -25,7 +25,7 @@ from executor_tasks import Gate
 from test_executor import METHODS, PATIENCE_S, executor_of, run
 
 from dpool.concurrent.futures import ProcessPoolExecutor
-from dpool.concurrent.futures.process import WorkerDeath, to_exception
+from dpool.concurrent.futures.failures import WorkerDeath, to_exception
 from dpool.engine import WORKER_DIED, Failure
 from dpool.errors import NodeLost, RemoteError, WorkerDied
 

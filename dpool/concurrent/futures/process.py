@@ -1,7 +1,7 @@
 """`concurrent.futures.process` with dpool's ProcessPoolExecutor: the standard library's promises over a worker group.
 
 Translates between the two and decides nothing about where tasks run. wait(), as_completed() and the exceptions are the
-standard library's own, and so are futures, but for what makes them quicker.
+standard library's own; futures are future.py's, map() is maps.py's.
 """
 
 from __future__ import annotations
@@ -12,38 +12,19 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import _base
 from concurrent.futures import process as _stdlib
-from concurrent.futures._base import (
-    CANCELLED,
-    CANCELLED_AND_NOTIFIED,
-    FINISHED,
-    PENDING,
-    RUNNING,
-    CancelledError,
-    InvalidStateError,
-)
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import util
 
 from dpool import session
+from dpool.concurrent.futures.failures import REFUSALS, WorkerDeath, broken_pool
+from dpool.concurrent.futures.future import Call, Future
 from dpool.concurrent.futures.initializer import LoggedInitializer
-from dpool.engine import (
-    ABANDONED,
-    ARGUMENT_BROKEN,
-    ARGUMENT_LOST,
-    MAP,
-    MAP_CHUNK,
-    RESULT_BROKEN,
-    STAR,
-    STAR_CHUNK,
-    WORKER_DIED,
-    Failure,
-    GroupSpec,
-)
-from dpool.errors import ForeignProcess, GroupBroken, GroupClosed, GroupTerminated, WorkerDied
+from dpool.concurrent.futures.maps import MapResults, Unsendable, feed, iterate
+from dpool.engine import ARGUMENT_LOST, MAP, MAP_CHUNK, STAR, STAR_CHUNK, Failure, GroupSpec
+from dpool.errors import GroupBroken, GroupClosed, GroupTerminated
 from dpool.resources import parse as parse_resources
 
 TYPE_CHECKING = False
@@ -54,22 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = ["BrokenProcessPool", "ProcessPoolExecutor", "WorkerDeath"]
 
-# How long map() reads a slow input before what it has read is sent. Longer: fewer steps. Shorter: workers wait less.
-FLUSH_AFTER_S = 0.0005
-
-_TERMINATED = "the workers of this executor were stopped before this call had a result"
-_ABRUPT = "A process in the process pool was terminated abruptly while the future was running or pending"
-
-_RemoteTraceback: Any = _stdlib._RemoteTraceback
-
 # The groups of this process's executors that may still have work: the interpreter's exit waits for them.
 _groups: weakref.WeakSet[Any] = weakref.WeakSet()
 _exiting = False
 _hooked = 0  # the process that has multiprocessing call _finish_all()
-
-
-class WorkerDeath(WorkerDied, BrokenProcessPool):
-    """A worker process died: `dpool.errors.WorkerDied`, with its pid, exit code and host, and a BrokenProcessPool."""
 
 
 class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
@@ -117,7 +86,7 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
         self._cancel_pending_futures = False
         self._pending_work_items: dict[int, Any] = {}
         self._numbers = itertools.count()
-        self._maps: weakref.WeakSet[_MapResults] = weakref.WeakSet()
+        self._maps: weakref.WeakSet[MapResults] = weakref.WeakSet()
         # Look-alikes, for programs and tests that look inside the standard library's.
         self._processes: Any = _Processes()
         self._executor_manager_thread: Any = None
@@ -139,7 +108,7 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
     def _broken(self) -> Any:  # type: ignore[override]
         """Why the executor is broken, a text; False if it is not."""
         why = None if self._group is None else self._group.ended
-        return str(_broken_pool(why)) if why is not None else False
+        return str(broken_pool(why)) if why is not None else False
 
     @property
     def _queue_count(self) -> int:  # type: ignore[override]
@@ -157,14 +126,14 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
         if group is None or self._shutdown_thread or _exiting:
             group = self._open()
         future = Future()
-        call = _Call(future, self._pending_work_items, next(self._numbers), fn, args, kwargs)
+        call = Call(future, self._pending_work_items, next(self._numbers), fn, args, kwargs)
         self._pending_work_items[call.number] = call
         try:
             job = group.submit(fn, args, kwargs, call, True)
             future._waits = (group, job)
             if not job.unsettled:
                 future._waits = None
-        except _REFUSALS as error:
+        except REFUSALS as error:
             del self._pending_work_items[call.number]
             raise self._refusal(error) from error.__cause__
         except Exception as error:
@@ -205,7 +174,7 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
             mode = MAP if single else STAR
         else:
             mode = MAP_CHUNK if single else STAR_CHUNK
-        results = _MapResults(group)
+        results = MapResults(group)
         self._maps.add(results)
         try:
             if buffersize is not None:
@@ -217,21 +186,21 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
                 if items:
                     try:
                         results.attach(group.submit_many(fn, items, mode, results, chunksize))
-                    except _REFUSALS:
+                    except REFUSALS:
                         raise
                     except Exception as error:
-                        raise _Unsendable(error) from None
+                        raise Unsendable(error) from None
             else:
-                _feed(group, fn, iter(source), mode, chunksize, results)
-        except _REFUSALS as error:
+                feed(group, fn, iter(source), mode, chunksize, results)
+        except REFUSALS as error:
             raise self._refusal(error) from error.__cause__
-        except _Unsendable as error:
+        except Unsendable as error:
             results.fail(0, Failure(ARGUMENT_LOST, error.reason))
         results.seal()
-        return _iterate(results, deadline, chunksize > 1)
+        return iterate(results, deadline, chunksize > 1)
 
     def _map_ahead(self, fn: Callable[..., Any], source: Iterator[Any], mode: int, chunksize: int, buffersize: int,
-                   results: _MapResults, deadline: float | None) -> Iterator[Any]:
+                   results: MapResults, deadline: float | None) -> Iterator[Any]:
         """map() that reads its inputs as its results are taken."""
         reference = weakref.ref(self)  # the iterator must not keep its executor alive
 
@@ -253,14 +222,14 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
                 executor._open()
             try:
                 results.send_one(group, fn, item, mode)
-            except _REFUSALS as error:
+            except REFUSALS as error:
                 raise executor._refusal(error) from error.__cause__
 
         for _ in range(buffersize):
             if not results.open:
                 break
             read_one()
-        return _iterate(results, deadline, mode in (MAP_CHUNK, STAR_CHUNK), read_one)
+        return iterate(results, deadline, mode in (MAP_CHUNK, STAR_CHUNK), read_one)
 
     # -- the workers
 
@@ -296,7 +265,7 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
     def _refusal(self, error: BaseException) -> BaseException:
         """What submit() raises where the group raises `error`."""
         if isinstance(error, GroupBroken):
-            return _broken_pool(error)
+            return broken_pool(error)
         if isinstance(error, (GroupClosed, GroupTerminated)):
             when = "shutdown" if self._shutdown_thread or not _exiting else "interpreter shutdown"
             return RuntimeError(f"cannot schedule new futures after {when}")
@@ -363,410 +332,6 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
         raise NotImplementedError("executor objects cannot be passed between processes or pickled")
 
 
-_REFUSALS = (GroupBroken, GroupTerminated, GroupClosed, ForeignProcess)
-
-
-class _Unsendable(Exception):
-    """The function of a map cannot be pickled; `reason` says why. For the iterator to raise, not for map() itself."""
-
-    def __init__(self, reason: Exception) -> None:
-        self.reason = reason
-
-
-class Future(_base.Future):  # type: ignore[type-arg]
-    """The standard library's Future, but for two things that make it quicker. A thread that waits in result() may
-    receive the result itself. And its condition, which costs more than all the rest of it, is made when somebody asks
-    for it: most results are there before.
-
-    Who sets a result without a condition looks afterwards whether there is one by now. Who has made it looks at the
-    state, holding it, after that. So one of the two sees the other; and so it is with callbacks. Whether a call runs or
-    is cancelled is settled by who is first to say so in the future's dictionary.
-    """
-
-    # The group and what it calls this future's call, until it has an outcome.
-    _waits: tuple[Any, Any] | None = None
-    _made: Any = None
-
-    def __init__(self) -> None:
-        self._state = PENDING
-        self._result = self._exception = None
-        self._waiters: list[Any] = []
-        # By a number each: who takes one out calls it, so that each is called once, whoever else is about to.
-        self._callbacks: dict[int, Callable[[Any], object]] = {}
-
-    @property
-    def _condition(self) -> Any:  # type: ignore[override]
-        return self._made or self.__dict__.setdefault("_made", threading.Condition())
-
-    def set_running_or_notify_cancel(self) -> bool:
-        """See concurrent.futures.Future."""
-        if self._state == PENDING and self.__dict__.setdefault("_fate", RUNNING) is RUNNING:
-            self._state = RUNNING
-            return True
-        return super().set_running_or_notify_cancel()
-
-    def cancel(self) -> bool:
-        """See concurrent.futures.Future."""
-        if self._state == PENDING and self.__dict__.setdefault("_fate", CANCELLED) is not CANCELLED:
-            return False
-        return super().cancel()
-
-    def set_result(self, result: Any) -> None:
-        """See concurrent.futures.Future."""
-        if self._made is not None or self._state != RUNNING:
-            return super().set_result(result)
-        self._result = result
-        self._state = FINISHED
-        if self._made is not None:
-            with self._condition:
-                for waiter in self._waiters:
-                    waiter.add_result(self)
-                self._condition.notify_all()
-        if self._callbacks:
-            self._invoke_callbacks()
-
-    def add_done_callback(self, fn: Callable[[Any], object]) -> None:
-        """See concurrent.futures.Future."""
-        number = next(_callback_numbers)
-        self._callbacks[number] = fn
-        if self._state in _DONE:
-            self._call_back(number)
-
-    def _invoke_callbacks(self) -> None:
-        for number in list(self._callbacks):
-            self._call_back(number)
-
-    def _call_back(self, number: int) -> None:
-        callback = self._callbacks.pop(number, None)
-        if callback is not None:
-            try:
-                callback(self)
-            except Exception:
-                _base.LOGGER.exception("exception calling callback for %r", self)
-
-    def cancelled(self) -> bool:
-        """See concurrent.futures.Future."""
-        return self._state in _CANCELLED
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """See concurrent.futures.Future."""
-        return self._exception if self._state == FINISHED else super().exception(timeout)
-
-    def done(self) -> bool:
-        """See concurrent.futures.Future."""
-        return self._state in _DONE
-
-    def result(self, timeout: float | None = None) -> Any:
-        """See concurrent.futures.Future."""
-        if self._state == FINISHED and self._exception is None:
-            return self._result
-        waits = self._waits
-        if waits is not None and self._state == RUNNING:
-            if timeout is None:
-                waits[0].attend(waits[1])
-            elif timeout > 0:
-                deadline = time.monotonic() + timeout
-                waits[0].attend(waits[1], timeout)
-                timeout = max(deadline - time.monotonic(), 0)
-            waits = None
-            if self._callbacks and self._state == FINISHED:  # it has come as this thread received the result
-                self._invoke_callbacks()
-        return super().result(timeout)
-
-
-_CANCELLED = frozenset((CANCELLED, CANCELLED_AND_NOTIFIED))
-_DONE = _CANCELLED | {FINISHED}
-_callback_numbers = itertools.count()
-
-
-class _Call:
-    """One submit(): the Sink that resolves its Future, and the look-alike of the standard library's work item."""
-
-    __slots__ = ("future", "pending", "number", "fn", "args", "kwargs", "started")
-
-    def __init__(self, future: Future, pending: dict[int, Any], number: int, fn: Callable[..., Any],
-                 args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.future = future
-        self.pending = pending
-        self.number = number
-        self.fn = fn
-        self.args = args
-        self.kwargs = kwargs
-        self.started = False
-
-    def start(self) -> bool:
-        if self.started:
-            return True  # it came back from a worker that had not begun it
-        if self.future.set_running_or_notify_cancel():
-            self.started = True
-            return True
-        self._settle()
-        return False
-
-    def _settle(self) -> None:
-        self.pending.pop(self.number, None)
-        self.future._waits = None
-
-    def set_alone(self, value: Any) -> bool:
-        future: Any = self.future
-        condition = future._condition
-        with condition:
-            if future._callbacks or future._waiters or condition._waiters:
-                return False
-            future._result = value
-            future._state = FINISHED
-        self._settle()
-        return True
-
-    def set(self, first: int, values: Sequence[Any]) -> None:
-        self._settle()
-        try:
-            self.future.set_result(values[0])
-        except InvalidStateError:  # whoever holds the future has set it, or has received the result
-            self.future._invoke_callbacks()
-        except BaseException:
-            _report()
-
-    def fail(self, index: int, failure: Failure) -> None:
-        self._settle()
-        try:
-            self.future.set_exception(to_exception(failure))
-        except InvalidStateError:
-            pass
-        except BaseException:
-            _report()
-
-    def abandon(self, failure: Failure) -> None:
-        if self.start():
-            self.fail(0, failure)
-
-
-class _Raise:
-    """Stands among the results of a map for an exception to raise there."""
-
-    __slots__ = ("error",)
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-class _MapResults:
-    """The results of one map(), in order: a Sink that the group's I/O thread fills and one iterator empties."""
-
-    __slots__ = ("group", "condition", "items", "expected", "arrived", "total", "dropped", "unsorted", "open", "job",
-                 "jobs", "closed", "__weakref__")
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        # Guards all below but `items`, whose ends may be used by one thread each.
-        self.condition = threading.Condition(threading.Lock())
-        self.items: deque[Any] = deque()
-        self.expected = 0  # the next task whose result may be queued
-        self.arrived = 0  # tasks that have an outcome
-        self.total = 0  # tasks there are
-        self.dropped = 0  # tasks that were cancelled and never will have an outcome
-        self.unsorted: dict[int, Sequence[Any]] = {}  # first task -> results that came before their turn
-        self.open = True  # more tasks may come
-        self.job: Any = None  # what the group calls this map, while it may be cancelled
-        self.jobs: deque[Any] = deque()  # the same for each task, where they are sent one by one
-        self.closed = False  # nobody will take results any more
-
-    # -- from map()
-
-    def grow(self, count: int) -> None:
-        self.total += count
-
-    def attach(self, job: Any) -> None:
-        self.job = job
-        if self.arrived >= self.total and not self.open:
-            self.job = None  # a job that is done would only keep its arguments alive
-
-    def seal(self) -> None:
-        """No more tasks will come."""
-        with self.condition:
-            self.open = False
-            if self.arrived >= self.total:
-                self.job = None
-            self.condition.notify()
-
-    def send_one(self, group: Any, fn: Callable[..., Any], item: Any, mode: int) -> None:
-        """One more task, as a job of its own."""
-        index = self.total
-        self.total = index + 1
-        try:
-            job = group.submit_many(fn, (item,), mode, _Part(self, index))
-        except _REFUSALS:
-            raise
-        except Exception as error:
-            self.fail(index, Failure(ARGUMENT_LOST, error))
-            return
-        while self.jobs and not self.jobs[0].unsettled:
-            self.jobs.popleft()
-        self.jobs.append(job)
-
-    # -- from the iterator
-
-    def wait(self, deadline: float | None) -> bool:
-        """Wait for a result; False if none will come. Raises TimeoutError, and CancelledError where the next one was
-        cancelled."""
-        with self.condition:
-            while not self.items:
-                if self.expected >= self.total and not self.open:
-                    return False
-                if self.dropped and self.arrived + self.dropped >= self.total:
-                    raise CancelledError
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimeoutError
-                self.condition.wait(left)
-        return True
-
-    def close(self) -> None:
-        """The iterator is done: nobody takes results any more."""
-        self.closed = True
-        self.cancel()
-        self.job = None
-        self.jobs.clear()
-        self.items.clear()
-        self.unsorted.clear()
-
-    def cancel(self) -> None:
-        """Drop the tasks that were not sent to a worker yet."""
-        jobs = [*self.jobs]
-        job = self.job
-        if job is not None:
-            jobs.append(job)
-        if jobs:
-            dropped = sum(map(self.group.cancel, jobs))
-            with self.condition:
-                self.dropped += dropped
-                self.condition.notify()
-
-    # -- the Sink
-
-    def start(self) -> bool:
-        return True
-
-    def set(self, first: int, values: Sequence[Any]) -> None:
-        self._arrive(first, values, len(values))
-
-    def fail(self, index: int, failure: Failure) -> None:
-        self._arrive(index, [_Raise(to_exception(failure))], 1)
-
-    def abandon(self, failure: Failure) -> None:
-        """The group has ended: after the results that are there comes the reason."""
-        with self.condition:
-            self.unsorted.clear()
-            self.items.append(_Raise(to_exception(failure)))
-            self.expected = self.arrived = self.total
-            self.open = False
-            self.job = None
-            self.condition.notify()
-
-    def _arrive(self, first: int, values: Sequence[Any], count: int) -> None:
-        with self.condition:
-            self.arrived += count
-            if self.arrived >= self.total and not self.open:
-                self.job = None
-            if self.closed:
-                return
-            if first != self.expected:
-                self.unsorted[first] = values
-                return
-            self.items.extend(values)
-            self.expected += count
-            while self.unsorted and self.expected in self.unsorted:
-                more = self.unsorted.pop(self.expected)
-                self.items.extend(more)
-                self.expected += len(more)
-            if type(values) is list:
-                # The group's thread still holds this list: the caller's objects must not live on in it.
-                values.clear()
-            self.condition.notify()
-
-
-class _Part:
-    """The Sink of one task of a map whose tasks are sent one by one."""
-
-    __slots__ = ("results", "index")
-
-    def __init__(self, results: _MapResults, index: int) -> None:
-        self.results = results
-        self.index = index
-
-    def start(self) -> bool:
-        return True
-
-    def set(self, first: int, values: Sequence[Any]) -> None:
-        self.results._arrive(self.index, values, 1)
-
-    def fail(self, index: int, failure: Failure) -> None:
-        self.results.fail(self.index, failure)
-
-    def abandon(self, failure: Failure) -> None:
-        self.results.abandon(failure)
-
-
-def _feed(group: Any, fn: Callable[..., Any], source: Iterator[Any], mode: int, chunksize: int,
-          results: _MapResults) -> None:
-    """Read all of a map's input in this thread; what was read is sent while the input takes its time."""
-    try:
-        stream = group.open_stream(fn, mode, results)
-    except _REFUSALS:
-        raise
-    except Exception as error:
-        raise _Unsendable(error) from None
-    read: list[Any] = []
-    sent_at = 0.0
-    try:
-        while True:
-            if chunksize == 1:
-                try:
-                    item = next(source)
-                except StopIteration:
-                    break
-            else:
-                item = tuple(itertools.islice(source, chunksize))
-                if not item:
-                    break
-            read.append(item)
-            now = time.monotonic()
-            if now - sent_at > FLUSH_AFTER_S:
-                results.grow(len(read))
-                stream.extend(read)
-                read = []
-                sent_at = now
-    finally:
-        # Also where the input raises: what was read before runs, as it does in the standard library.
-        results.grow(len(read))
-        stream.extend(read)
-        stream.seal()
-    results.attach(stream.job)
-
-
-def _iterate(results: _MapResults, deadline: float | None, chunked: bool,
-             read_one: Callable[[], None] | None = None) -> Iterator[Any]:
-    items = results.items
-    try:
-        while True:
-            if read_one is not None and results.open:
-                read_one()
-            if not items and not results.wait(deadline):
-                return
-            if type(items[0]) is _Raise:
-                raise items.popleft().error
-            # What is yielded is never held by a name here, so that it ends with the caller's last reference.
-            if chunked:
-                chunk = items.popleft()
-                chunk.reverse()
-                while chunk:
-                    yield chunk.pop()
-            else:
-                yield items.popleft()
-    finally:
-        results.close()
-
-
 class _Processes(Mapping):  # type: ignore[type-arg]
     """The look-alike of the standard library's `_processes`: pid to process, of the workers that live now."""
 
@@ -817,74 +382,6 @@ class _ManagerThread:
 
     def is_alive(self) -> bool:
         return not self._group.join(0)
-
-
-def to_exception(failure: Failure) -> BaseException:
-    """What the standard library's executor would raise for this failure."""
-    error, kind = failure.exception, failure.kind
-    if kind == WORKER_DIED and isinstance(error, WorkerDied):
-        return _death(error, failure.traceback)
-    if kind == WORKER_DIED:  # the nodes it ran on were lost
-        broken = BrokenProcessPool(str(error))
-        broken.__cause__ = error
-        return broken
-    if kind == ABANDONED:
-        return _broken_pool(error)
-    if kind == ARGUMENT_LOST:
-        return _without_frames(error)
-    if failure.traceback:
-        error.__cause__ = _RemoteTraceback(f'\n"""\n{failure.traceback}"""')
-    if kind in (ARGUMENT_BROKEN, RESULT_BROKEN):
-        what = "the function or an argument of this call could not be rebuilt in the worker"
-        if kind == RESULT_BROKEN:
-            what = "the result of this call could not be rebuilt here"
-            error = _without_frames(error)
-        broken = BrokenProcessPool(f"{what}: {type(error).__name__}: {error}")
-        broken.__cause__ = error
-        return broken
-    return error
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """The error with its traceback as text, as its cause: the standard library's form for what fails to be pickled.
-
-    The frames themselves lead to the future that will hold this error, and to the group's thread: they would keep
-    arguments, executor and thread until the garbage collector comes by.
-    """
-    if error.__traceback__ is not None:
-        import traceback
-
-        trace = "".join(traceback.format_exception(error))
-        error.__cause__ = _RemoteTraceback(f'\n"""\n{trace}"""')
-        error.__context__ = error.__traceback__ = None
-    return error
-
-
-def _broken_pool(why: BaseException) -> BaseException:
-    """A new exception for each call that has no outcome: each will have a traceback of its own."""
-    cause = why.__cause__
-    if isinstance(cause, WorkerDied):
-        return _death(cause)
-    if isinstance(why, GroupTerminated):
-        return BrokenProcessPool(_TERMINATED)
-    broken = BrokenProcessPool(str(why))
-    broken.__cause__ = cause
-    return broken
-
-
-def _death(error: WorkerDied, trace: str = "") -> BaseException:
-    death = WorkerDeath(f"{_ABRUPT}: {error}", error.pid, error.exitcode, error.host, error.task, error.attempts)
-    # The standard library's words for it, since 3.15.
-    text = f"Process {error.pid} terminated abruptly with exit code {error.exitcode}"
-    death.__cause__ = _RemoteTraceback(f'\n"""\n{text}\n{trace}"""')
-    return death
-
-
-def _report() -> None:
-    """A done callback has raised what Future lets through, such as SystemExit: it must not end the group's thread."""
-    import sys
-
-    threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
 
 
 def _workers(count: Any) -> int | None:
