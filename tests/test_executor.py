@@ -16,7 +16,6 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent import futures as stdlib
@@ -26,6 +25,7 @@ from typing import Any
 
 import executor_tasks as tasks
 import pytest
+from clusters import until
 from executor_tasks import Gate
 
 import dpool
@@ -739,9 +739,7 @@ def test_who_begins_to_wait_as_the_result_comes_is_woken() -> None:
     def begin() -> None:
         for thread in waiting:
             thread.start()
-        until = time.monotonic() + PATIENCE_S
-        while not (future._condition._waiters and future._waiters) and time.monotonic() < until:
-            time.sleep(0.001)
+        until(lambda: future._condition._waiters and future._waiters, "both wait")
 
     future.intrude = begin
     future.set_result(7)

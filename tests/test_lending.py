@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import shared_memory, sharedctypes
 from pathlib import Path
 from textwrap import dedent
@@ -41,9 +42,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def driver(cluster: Cluster) -> Iterator[Cluster]:
-    """This process uses the cluster, and has as many threads afterwards as before."""
-    with Driver(cluster):
+    with lending_on(cluster):
         yield cluster
+
+
+@contextmanager
+def lending_on(cluster: Cluster) -> Iterator[None]:
+    """This process uses the cluster, and nobody waits, or works, for it afterwards."""
+    with Driver(cluster):
+        yield
     until(lambda: not waiting_threads(), "nobody waits for a semaphore any more")
     until(lambda: not cluster.workers(), "all workers are gone")
 

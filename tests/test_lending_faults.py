@@ -18,7 +18,7 @@ from typing import Any
 import lent_tasks as tasks
 import pytest
 from clusters import Cluster, Driver, children_of, until, workers_of
-from test_lending import PATIENCE_S, lending_of, waiting_threads, waits
+from test_lending import PATIENCE_S, lending_of, lending_on, waiting_threads, waits
 
 from dpool.concurrent.futures import ProcessPoolExecutor
 from dpool.errors import WorkerDied
@@ -34,10 +34,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def driver(cluster: Cluster) -> Iterator[Cluster]:
-    with Driver(cluster):
+    with lending_on(cluster):
         yield cluster
-    until(lambda: not waiting_threads(), "nobody waits for a semaphore any more")
-    until(lambda: not cluster.workers(), "all workers are gone")
 
 
 @pytest.fixture
