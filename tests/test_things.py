@@ -508,6 +508,19 @@ def test_a_process_that_has_called_ends(caller: Caller) -> None:
     assert caller.sent[-1][0] == Returned(call.process, bytes(16), lent.ACQUIRE)
 
 
+def test_a_call_for_which_no_memory_is_left_leaves_nothing(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(24, "Too many open files")
+
+    before = len(os.listdir("/proc/self/fd"))
+    for owner, name in ((os, "memfd_create"), (socket, "socketpair")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, full)
+            with pytest.raises(OSError, match="Too many open files"):
+                caller.channel.begin(TOKEN, lent.SEND, lent.FOR_EVER, content=bytes(1 << 20))
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_nonsense_is_not_passed_on(caller: Caller) -> None:
     for operation, seconds, start in ((0, 1.0, 0), (99, 1.0, 0), (1, -1.0, 0), (1, float("nan"), 0), (1, 1.0, 1 << 63)):
         ours = caller.channel.begin(TOKEN, operation, seconds, start)

@@ -102,8 +102,13 @@ class Channel:
     def begin(self, token: bytes, operation: int, seconds: float = 0.0, start: int = 0, size: int = 0,
               content: bytes | memoryview = b"") -> socket.socket:
         """Make a call; answer() reads what comes back on this socket. Raises Gone."""
-        along, descriptor = pack(content)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            along, descriptor = pack(content)
+        except BaseException:  # no descriptor is left for it, or no memory
+            ours.close()
+            theirs.close()
+            raise
         try:
             ours.setblocking(True)  # whatever the default for new sockets is
             with theirs:
