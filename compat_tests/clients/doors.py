@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
@@ -80,6 +82,7 @@ class Doors:
         if self.name == "stdlib":
             yield
             return
+        _load_siblings(self.modules["multiprocessing"])
         saved: list[tuple[dict[str, Any], dict[str, Any]]] = [(sys.modules, {name: sys.modules[name]
                                                                             for name in _MODULES})]
         sys.modules.update(self.modules)
@@ -160,3 +163,12 @@ class Evidence:
             if process.is_alive():
                 problems.append(f"still alive: {process}")
         return "; ".join(problems)
+
+
+def _load_siblings(ours: ModuleType) -> None:
+    """Load every module of the standard library's package that dpool's hands through. While the packages are swapped,
+    one that is imported for the first time, as dpool does with what few groups need, is looked for in dpool's."""
+    for found in iter_modules(ours.__path__):
+        name = f"multiprocessing.{found.name}"
+        if find_spec(name) is not None:
+            import_module(name)
