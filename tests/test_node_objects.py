@@ -387,7 +387,7 @@ class Around:
         self.exchange.fetch(messages.Fetch(key, size, source, own=own), part)
 
     def driver_sends(self, key: bytes, size: int, start: int, content: bytes) -> None:
-        self.exchange.on_piece(A, (key, size, start, crc32(content)), memoryview(content))
+        self.exchange.on_piece(A, (key, size, start), memoryview(content))
 
     def pull(self, key: bytes, start: int) -> Any:
         """Another node asks for an object: the answer."""

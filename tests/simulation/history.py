@@ -233,10 +233,10 @@ class NodeMachine:
         return cast(Workers, SimWorkers(history.world, history.network, history.habits,
                                         lambda key: history.begins(self, key), history.looks, message, died))
 
-    def _on_piece(self, key: bytes, size: int, start: int, checksum: int, piece: memoryview) -> None:
+    def _on_piece(self, key: bytes, size: int, start: int, piece: memoryview, checksum: int | None = None) -> None:
         """Of an object; the agent's exchange takes it in."""
         self.history.arrived[self.agent.id, key] += piece.nbytes
-        self._add(key, size, start, checksum, piece)
+        self._add(key, size, start, piece, checksum)
 
     def _step(self) -> bool:
         agent = self.agent

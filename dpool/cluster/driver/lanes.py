@@ -11,7 +11,7 @@ from dpool.cluster.driver.connections import Connections
 from dpool.cluster.driver.nodes import Lane, Node
 from dpool.cluster.driver.shipping import Shipping
 from dpool.cluster.wire import messages, sessions
-from dpool.cluster.wire.bulk import Head, pour
+from dpool.cluster.wire.bulk import NO_CHECKSUM, Head, pour
 from dpool.cluster.wire.surroundings import Surroundings
 
 # A bulk connection that is not there after so long will not be; one by which something is on its way is given up when
@@ -70,11 +70,11 @@ class Lanes:
             return None
         while (one := self._shipping.take_for_bulk(node)) is not None:
             for _, (head, *_), _, _, piece in one:
-                key, size, start, checksum = sessions.OBJECT_HEADER.unpack(head)
+                key, size, start = sessions.OBJECT_HEADER.unpack(head)
                 assert piece is not None
                 # All that was said of the object before has been given to the session by now.
                 after = lane.after.setdefault(key, node.session.sent)
-                return Head(key, size, start, checksum, piece.nbytes, after), piece
+                return Head(key, size, start, NO_CHECKSUM, piece.nbytes, after), piece
         return None
 
     def echoed(self, node: Node, count: int) -> None:

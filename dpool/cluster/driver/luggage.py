@@ -8,7 +8,6 @@ driver/shipping.py, under its lock.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
@@ -42,7 +41,7 @@ def stored(key: bytes, carried: Pieces, have: int = 0) -> Iterator[Unsent]:
     """An object, without what the node has of it."""
     for size, start, piece in carried:
         if start >= have:
-            head = sessions.OBJECT_HEADER.pack(key, size, start, zlib.crc32(piece))
+            head = sessions.OBJECT_HEADER.pack(key, size, start)
             yield sessions.OBJECT, (head,), 0, 0, piece
 
 

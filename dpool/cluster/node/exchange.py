@@ -127,23 +127,23 @@ class Exchange:
         """A part is gone."""
         self._do(self.objects.part_ended(part, self._around.now()))
 
-    def on_piece(self, part: bytes, header: tuple[bytes, int, int, int], piece: memoryview) -> None:
+    def on_piece(self, part: bytes, header: tuple[bytes, int, int], piece: memoryview) -> None:
         """The driver of a part has sent a piece: see sessions.OBJECT_HEADER. Raises BadPiece if it is none, OSError if
         there is no memory for it."""
-        key, size, start, checksum = header
+        key, size, start = header
         self._do(self.objects.sent(key, size, part, self._around.now()))
-        self._add(key, size, start, checksum, piece)
+        self._add(key, size, start, piece)
 
     def on_bulk_piece(self, part: bytes, head: Head, piece: memoryview) -> None:
         """The same, by a bulk connection: it may be late for what the part does not need any more."""
         if self.objects.needs(head.key, part):
-            self.on_piece(part, (head.key, head.size, head.start, head.checksum), piece)
+            self.on_piece(part, (head.key, head.size, head.start), piece)
 
     def lacking(self, part: bytes) -> None:
         """Some of what the driver of a part has sent by a bulk connection may not have come."""
         self._do(self.objects.lacking(part, self._around.now()))
 
-    def _add(self, key: bytes, size: int, start: int, checksum: int, piece: memoryview) -> None:
+    def _add(self, key: bytes, size: int, start: int, piece: memoryview, checksum: int | None = None) -> None:
         known = self.objects.get(key)
         if known is None or known.whole:
             return
@@ -268,7 +268,7 @@ class Exchange:
             return  # not wanted any more
         try:
             Arrival.check(piece, checksum)
-            self._add(key, size, start, checksum, piece)
+            self._add(key, size, start, piece, checksum)
         except (BadPiece, OSError):
             self._do(self.objects.refused(key, address, now))
             return

@@ -89,23 +89,26 @@ class Filling:
 
 
 class Arrival(Filling):
-    """An object that is being filled: each piece has a checksum, the driver's, which goes along when it is sent on."""
+    """An object that is being filled, and may be sent on meanwhile: each piece with a checksum, which the first node
+    that sends it on finds, and the others hand on. The driver finds none: that would take it longer than all else that
+    it does to a piece, and nobody may ever ask for it."""
 
     __slots__ = ("_pieces",)
 
     def __init__(self, size: int, most_bytes: int | None = None) -> None:
         super().__init__(size, most_bytes)
-        self._pieces: list[tuple[int, int, int]] = []  # start, bytes, checksum
+        self._pieces: list[tuple[int, int, int | None]] = []  # start, bytes, checksum if it is known
 
     @staticmethod
     def check(piece: memoryview, checksum: int) -> None:
-        """Raise BadPiece if a piece is not what the driver has sent. One that comes from the driver itself need not be
-        looked at: the cipher has, and this would make the node's loop slower than it."""
+        """Raise BadPiece if a piece is not what the first node of the chain has sent on. What it was on the way from
+        one machine to another the cipher has checked."""
         if zlib.crc32(piece) != checksum:
             raise BadPiece(f"{piece.nbytes} bytes of an object are not what was sent: their checksum differs")
 
-    def add(self, size: int, start: int, piece: memoryview, checksum: int = 0) -> None:
-        """The next piece. Raises BadPiece if it is another one, OSError if there is no memory for it."""
+    def add(self, size: int, start: int, piece: memoryview, checksum: int | None = None) -> None:
+        """The next piece, with the checksum that has come with it, if any. Raises BadPiece if it is not the next,
+        OSError if there is no memory for it."""
         if start - self.have >= segments.ALIGN:
             raise BadPiece(f"a piece at {start} came after {self.have} bytes: one between them is missing")
         super().add(size, start, piece)
@@ -115,8 +118,7 @@ class Arrival(Filling):
         """The pieces that are here and begin in that range: (start, checksum, content)."""
         first = bisect.bisect_left(self._pieces, (start, 0, 0))
         last = bisect.bisect_left(self._pieces, (upto, 0, 0))
-        return [(at, checksum, os.pread(self.descriptor, nbytes, at)) for at, nbytes, checksum in
-                self._pieces[first:last]]
+        return [self._read(index) for index in range(first, last)]
 
     def has_after(self, start: int, upto: int) -> bool:
         """Whether a piece is here that begins in that range."""
@@ -127,8 +129,15 @@ class Arrival(Filling):
         """The first of after(), if there is one."""
         if not self.has_after(start, upto):
             return None
-        at, nbytes, checksum = self._pieces[bisect.bisect_left(self._pieces, (start, 0, 0))]
-        return at, checksum, os.pread(self.descriptor, nbytes, at)
+        return self._read(bisect.bisect_left(self._pieces, (start, 0, 0)))
+
+    def _read(self, index: int) -> tuple[int, int, bytes]:
+        at, nbytes, checksum = self._pieces[index]
+        content = os.pread(self.descriptor, nbytes, at)
+        if checksum is None:
+            checksum = zlib.crc32(content)
+            self._pieces[index] = at, nbytes, checksum
+        return at, checksum, content
 
 
 class Arrivals:

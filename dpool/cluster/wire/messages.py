@@ -16,7 +16,7 @@ from msgspec import Meta
 from dpool.cluster.wire.frames import INLINE_CALL_BYTES
 
 # Raised with every change that an older peer would misunderstand: peers of another number refuse each other.
-PROTOCOL = 4
+PROTOCOL = 5
 # What a control message may measure at most. Tasks, results and objects are not control messages.
 MAX_CONTROL_BYTES = 1 << 20
 # What a worker may ask its driver: the name of a module, or of a package and a path in it.
@@ -532,7 +532,7 @@ class Enough(Message, frozen=True):
 
 class Piece(Message, frozen=True):
     """Of an object of `size` bytes, the one at `start`, in the frame behind this one; `checksum` is its CRC-32, as the
-    driver has found it."""
+    first node that has sent it on has found it."""
 
     key: Id
     size: Number

@@ -31,8 +31,8 @@ FUNCTION_KNOWN = 2  # the function's segment was kept before
 
 # Before the bytes of a CHUNK: the size of the whole segment, and where this piece belongs.
 CHUNK_HEADER = struct.Struct("<QQ")
-# Before those of an OBJECT: its key, how large it is, where this piece belongs, and the piece's CRC-32.
-OBJECT_HEADER = struct.Struct("<16sQQI")
+# Before those of an OBJECT: its key, how large it is, and where this piece belongs.
+OBJECT_HEADER = struct.Struct("<16sQQ")
 
 # Say what was received at the latest after so many messages. More: fewer messages. Fewer: less is kept and resent.
 ACK_EVERY = 32
