@@ -28,11 +28,12 @@ FLOORS: dict[str, set[str]] = {
     "culprits": set(),
     "replacing": {"noticing"},  # what it puts in for the names it takes from a table, when their modules are imported
     "cluster": set(),
+    "cluster.suspects": set(),
     "cluster.wire": WIRE,
     "cluster.store": STORE,
     "cluster.worker": STORE | {"replacing"},
-    "cluster.node": STORE | {"cluster.worker"},
-    "cluster.driver": STORE,
+    "cluster.node": STORE | {"cluster.worker", "cluster.suspects"},
+    "cluster.driver": STORE | {"cluster.suspects"},
     "cluster.head": WIRE,
     "cluster.launch": WIRE | {"cluster.head", "cluster.node"},
     "testing": STORE | {"cluster.driver", "cluster.node", "cluster.worker"},
@@ -52,7 +53,7 @@ FLOORS: dict[str, set[str]] = {
 # The files that decide.
 PURE = ["dpool.errors", "dpool.batching", "dpool.resources", "dpool.engine", "dpool.cluster.driver.dispatch",
         "dpool.cluster.driver.dealing", "dpool.cluster.driver.spreading", "dpool.cluster.node.supervisor",
-        "dpool.cluster.node.ledger", "dpool.cluster.node.objects",
+        "dpool.cluster.node.ledger", "dpool.cluster.node.objects", "dpool.cluster.suspects",
         "dpool.cluster.head.membership", "dpool.cluster.store.ledger"]
 # What makes a file act. The files that decide may import nothing that imports these at its top, either.
 ACTING = {"socket", "select", "selectors", "threading", "_thread", "queue", "time", "datetime", "os", "io", "mmap",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from dpool.cluster.driver import luggage as luggage_module
 from dpool.cluster.driver.luggage import Luggage, Sharing, Unsent
 from dpool.cluster.driver.spreading import FETCH_MIN_BYTES
 from dpool.cluster.store import segments
@@ -98,6 +99,20 @@ def test_what_the_node_may_still_ask_for_is_kept_and_not_forgotten(stored: Store
     assert luggage.gone({KEY}) == [] and luggage.gone(set()) == [KEY]
     luggage.missing(messages.Missing(KEY, 0), 0.0)
     assert not luggage.later and not luggage.missed
+
+
+def test_a_function_is_known_at_the_node_when_all_was_packed_and_not_before(stored: Stored,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    parts = [frames.TASKS.pack(frames.FUNCTION_IN_SEGMENT, 0, 0, 1, 7, 1, 0, 0, 0), b"", b"", b"body"]
+    luggage = Luggage(Sharing(), FIRST, b"1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(luggage_module, "segment", interrupted)
+        luggage.pack(parts, [stored.descriptor], (), 0.0)
+    flags = [all_of(luggage.pack(parts, [stored.descriptor], (), 0.0))[-1][2] for _ in range(2)]
+    assert flags == [sessions.FUNCTION_STORED, sessions.FUNCTION_KNOWN]
 
 
 def test_a_batch_that_cannot_be_mapped_leaves_no_trace(stored: Stored) -> None:

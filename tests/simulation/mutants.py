@@ -31,6 +31,7 @@ from dpool.cluster.node.ledger import Ledger
 from dpool.cluster.node.objects import ASK, Objects
 from dpool.cluster.node.part import Part
 from dpool.cluster.store.transfer import Arrival
+from dpool.cluster.suspects import OUT, WAITS, Suspects
 from dpool.cluster.wire import messages
 from dpool.cluster.wire.events import NODE_LOST
 from dpool.cluster.wire.sessions import Session
@@ -116,18 +117,13 @@ def _loses_without_telling(original: Callable[..., Any], self: ClusterPort, node
 # -- the node
 
 
-def _loses_what_waits(self: Ledger[Any], claimed: dict[int, int], unread: bool, now: float) -> list[int]:
+def _loses_what_waits(original: Callable[..., Any], self: Suspects, where: Callable[[int], str], now: float) -> Any:
     """Takes batches for lost that are still in the socket."""
-    lost = [batch for batch, when in self._suspects.items() if when <= now and batch not in claimed]
-    for batch in lost:
-        del self._suspects[batch], self.handed[batch]
-    for batch in [batch for batch in self._suspects if batch in claimed]:
-        del self._suspects[batch]
-    return lost
+    return original(self, lambda batch: OUT if where(batch) == WAITS else where(batch), now)
 
 
-def _looks_once(original: Callable[..., Any], self: Ledger[Any], *args: Any) -> Any:
-    self._out |= set(self._suspects)
+def _looks_once(original: Callable[..., Any], self: Suspects, *args: Any) -> Any:
+    self._out |= set(self._due)
     return original(self, *args)
 
 
@@ -235,10 +231,9 @@ MUTANTS: dict[str, Mutant] = {
         Dispatch, "node_lost", lambda self, number: self.lost(number) or []),
     "dispatch: deaths are not reported": _around(
         Dispatch, "died", lambda original, self, *args: original(self, *args) and None),
-    "node: nothing is ever lost": Mutant(Ledger, "lost", lambda self, claimed, unread, now: self._suspects.clear()
-                                         or []),
-    "node: one look is enough to take a batch for lost": _around(Ledger, "lost", _looks_once, DEATHS),
-    "node: what is in the socket is lost": Mutant(Ledger, "lost", _loses_what_waits),
+    "node: nothing is ever lost": Mutant(Suspects, "lost", lambda self, where, now: self.clear() or []),
+    "node: one look is enough to take a batch for lost": _around(Suspects, "lost", _looks_once, DEATHS),
+    "node: what is in the socket is lost": _around(Suspects, "lost", _loses_what_waits),
     "node: deaths are not told": _around(Part, "post", _does_not_say_died),
     "node: does not send again": _around(Agent, "_on_connection", _does_not_resend),
     "node: parts of the gone are kept": Mutant(Agent, "_look_around", _keeps_parts),

@@ -6,6 +6,7 @@ be sent or reported is returned. Called by driver/group.py, under the group's lo
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 
 from dpool.batching import (
@@ -18,11 +19,12 @@ from dpool.batching import (
     batch_size,
     blend,
 )
+from dpool.cluster.suspects import OUT, SAFE, WAITS
 from dpool.engine import CALL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Container, Iterator, Sequence
     from typing import Any
 
     from dpool.engine import Sink
@@ -86,7 +88,7 @@ class Batch:
     """Tasks that travel together: either task 0 of each of `jobs`, or tasks first, first+1, ... of `job`."""
 
     __slots__ = ("number", "function", "timing", "mode", "jobs", "job", "first", "reported", "stop", "sender",
-                 "stage", "sent_at", "steal_at")
+                 "stage", "behind", "sent_at", "steal_at")
 
     def __init__(self, number: int, job: Job, jobs: list[Job] | None, first: int, count: int, now: float) -> None:
         self.number = number
@@ -101,6 +103,7 @@ class Batch:
         # The thread that is to send it, and how far it has come; for the group, if that is interrupted.
         self.sender = 0
         self.stage = TAKEN
+        self.behind = sys.maxsize  # batches from this number on have left behind it
         self.sent_at = now
         self.steal_at = now + STEAL_AFTER_S
 
@@ -244,6 +247,20 @@ class Dispatch:
             job.queued = False
             queue.popleft()
         return batch
+
+    def left(self, batch: Batch) -> None:
+        """The batch is on its way to a worker, or may be. Needs no lock."""
+        batch.behind = self._number + 1
+        batch.stage = LEFT
+
+    def where(self, number: int, claimed: Container[int], last: int, unread: bool) -> str:
+        """Where a batch is, see suspects.py: if workers say that they are in the batches `claimed`, of which `last` is
+        the last, and there is something in their socket or not."""
+        batch = self.inflight.get(number)
+        if batch is None or batch.stage == TAKEN or number in claimed:
+            return SAFE
+        # Messages leave the socket in the order in which they went in.
+        return WAITS if unread and last < batch.behind else OUT
 
     def unsend(self, batch: Batch) -> None:
         """The batch could not be sent: its tasks stand at the head of the queue again."""

@@ -20,6 +20,7 @@ from dpool.cluster.driver.incoming import Incoming, tell
 from dpool.cluster.driver.outgoing import Refused, TooManyRefs, encode, explain
 from dpool.cluster.driver.stream import Stream
 from dpool.cluster.store import store
+from dpool.cluster.suspects import Suspects
 from dpool.cluster.wire import events, frames
 from dpool.engine import Failure
 from dpool.errors import (
@@ -41,10 +42,6 @@ if TYPE_CHECKING:
 
     from dpool.cluster.driver.port import Port
     from dpool.engine import GroupSpec, Sink
-
-# A batch that no worker is in is given up as lost after a worker's death if it still is in none after this time.
-# Longer than a worker needs from taking a message off the socket to saying so.
-LOST_AFTER_S = 0.1
 
 # A task that is to be stopped may stand in a worker's socket, and no worker says when it begins it: this often that is
 # looked at. Longer: it runs longer. Shorter: the driver wakes more often meanwhile.
@@ -73,8 +70,7 @@ class Group:
         self._tasks_closed = False
         self._ended: DpoolError | None = None  # why nothing more can run: GroupBroken or GroupTerminated
         self._doom: GroupBroken | None = None  # why it will end as soon as a worker has: its initializer failed
-        self._suspects: dict[int, float] = {}  # batches that may have been lost -> when to decide
-        self._out: set[int] = set()  # those that were in no worker and not in the socket when last looked at
+        self._suspects = Suspects()
         self._timer_armed = False
         self._stopped: set[int] = set()  # slots whose workers were ended to stop a task, until they are dead
         self._lent: set[int] = set()  # batches that were sent a segment of the store's
@@ -232,13 +228,15 @@ class Group:
         with self._lock:
             mine = [batch for batch in self._dispatch.inflight.values()
                     if batch.stage != LEFT and batch.sender in (0, me)]  # 0 is only seen if this thread has left it
-            for batch in mine:
-                if batch.stage == TAKEN:
-                    self._dispatch.unsend(batch)
-                else:  # it may have been sent
-                    self._suspects[batch.number] = self._now() + LOST_AFTER_S
-        for batch in mine:
-            if batch.stage == TAKEN and batch.number in self._lent:
+            sent = [batch for batch in mine if batch.stage == LEAVING]  # perhaps
+            unsent = [batch for batch in mine if batch.stage == TAKEN]
+            for batch in unsent:
+                self._dispatch.unsend(batch)
+            for batch in sent:
+                self._dispatch.left(batch)
+            self._suspects.add([batch.number for batch in sent], self._now())
+        for batch in unsent:
+            if batch.number in self._lent:
                 self._lent.discard(batch.number)
                 self._store.unsent((self, batch.number))
         self.port.wake()
@@ -302,7 +300,10 @@ class Group:
             sent = self.port.send(message.parts, message.descriptors)
         except OSError:
             sent = False  # terminated meanwhile: whoever did that reports the tasks
-        batch.stage = LEFT if sent else TAKEN
+        if sent:
+            self._dispatch.left(batch)
+        else:
+            batch.stage = TAKEN
         if message.lent and not sent:
             self._lent.discard(batch.number)
             self._store.unsent(holder)
@@ -365,13 +366,9 @@ class Group:
         """One turn of the I/O thread: wait for news, and see to it. False after the last one."""
         port, dispatch = self.port, self._dispatch
         with self._lock:
-            deadline = dispatch.steal_at()
-            if self._suspects:
-                first = min(self._suspects.values())
-                deadline = first if deadline is None else min(deadline, first)
-            if dispatch.stopping:
-                recheck = self._now() + STOP_RECHECK_S
-                deadline = recheck if deadline is None else min(deadline, recheck)
+            times = [dispatch.steal_at(), self._suspects.deadline,
+                     self._now() + STOP_RECHECK_S if dispatch.stopping else None]
+            deadline = min((when for when in times if when is not None), default=None)
             self._timer_armed = deadline is not None
         timeout = None if deadline is None else max(deadline - self._now(), 0.001)
         if timeout is None and self._store.warm:
@@ -483,11 +480,9 @@ class Group:
             self._dispatch.workers = self.port.count
             if not death.expected:
                 # It may have taken a batch and died before it could say so: look again when the others have spoken.
-                now = self._now()
                 claimed = self.port.claimed()
-                for number in self._dispatch.inflight:
-                    if number not in claimed:
-                        self._suspects.setdefault(number, now + LOST_AFTER_S)
+                self._suspects.add([number for number, batch in self._dispatch.inflight.items()
+                                    if batch.stage != TAKEN and number not in claimed], self._now())
         here = self._store
         if death.batch in self._lent:
             self._lent.discard(death.batch)
@@ -569,35 +564,22 @@ class Group:
     def _on_timer(self, now: float) -> None:
         with self._lock:
             stuck = self._dispatch.should_steal(now)
+            looks_at = self._suspects.deadline
         for batch in stuck:
             count = self.port.steal(batch.number)
             if count:
                 with self._lock:
                     self._dispatch.stolen(batch.number, count, now)
-        due = [number for number, when in tuple(self._suspects.items()) if when <= now]
-        if due:
-            claimed = self.port.claimed()
+        if looks_at is not None and looks_at <= now:
+            # In this order: what leaves the socket meanwhile is in one of them.
+            unread, claimed = self.port.unread(), self.port.claimed()
+            last = max(claimed, default=0)
             with self._lock:
-                for number in due:
-                    del self._suspects[number]
-                    out = number in self._out
-                    self._out.discard(number)
-                    if number not in self._dispatch.inflight or number in claimed:
-                        continue
-                    waits = self._still_waits(number, claimed)
-                    if waits or not out:  # a worker may have taken it just now
-                        self._suspects[number] = now + LOST_AFTER_S
-                        if not waits:
-                            self._out.add(number)
-                    else:
-                        self._dispatch.lost(number)
-                        self._store.lost((self, number))
-
-    def _still_waits(self, number: int, claimed: dict[int, int]) -> bool:
-        """Whether a batch may still be in the socket: messages are taken in order, so not if a later one is taken."""
-        if any(other > number for other in claimed):
-            return False
-        return self.port.unread()
+                lost = self._suspects.lost(lambda number: self._dispatch.where(number, claimed, last, unread), now)
+                for number in lost:
+                    self._dispatch.lost(number)
+            for number in lost:
+                self._store.lost((self, number))
 
     # -- the end
 
@@ -609,7 +591,6 @@ class Group:
             self._ended = why
             left = self._dispatch.abandon()
             self._suspects.clear()
-            self._out.clear()
         self._unattend()
         self.port.kill(at_once)
         failure = Failure(engine.ABANDONED, why)

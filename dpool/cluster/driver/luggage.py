@@ -123,8 +123,7 @@ class Luggage:
         if link_flags:
             if link_flags == sessions.FUNCTION_STORED and len(self._functions) >= MAX_KEPT:
                 first.append(control(messages.Forget(self._functions.popitem(last=False)[0])))
-            self._functions[function] = None
-            self._functions.move_to_end(function)
+            self._functions.pop(function, None)
         if objects:
             gone = self.gone(here) + self._too_many({entry[0] for entry in objects})
             if gone:
@@ -135,7 +134,11 @@ class Luggage:
             else:
                 self.objects.move_to_end(key)
         batch = (sessions.TASKS, (b"".join(parts),), link_flags, len(carried), None)
-        return [*first, *map(segment, carried), iter((batch,))]
+        packed = [*first, *map(segment, carried), iter((batch,))]
+        # Last, and with no call behind it: if a Ctrl-C keeps all this from being sent, the function is sent again.
+        if link_flags:
+            self._functions[function] = None
+        return packed
 
     def _bring(self, key: bytes, carried: Pieces, now: float) -> list[Iterator[Unsent]]:
         size = carried[0][0]

@@ -58,13 +58,6 @@ _SLOT = struct.Struct("<H")
 Carrying = TypeVar("Carrying", messages.Call, messages.Returned)
 
 
-class _Every(dict[int, int]):
-    """All batches there may be."""
-
-    def __contains__(self, batch: object) -> bool:
-        return True
-
-
 class RemoteSupervisor:
     """What the group asks about workers that fail to start: the nodes' own supervisors have counted."""
 
@@ -249,8 +242,8 @@ class ClusterPort:
             self._connections.wake()
 
     def claimed(self) -> dict[int, int]:
-        """Every batch: which of them no worker has begun is the nodes' to find out, and they say so."""
-        return _Every()
+        """Every batch that was dealt to a node: which of them no worker has begun the nodes find out, and say so."""
+        return dict.fromkeys(self._shipping.batches, 0)
 
     def unread(self) -> bool:
         """Never: see claimed()."""

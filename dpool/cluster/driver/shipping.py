@@ -42,12 +42,19 @@ class Shipping:
             if objects:
                 there = self._sharing.places(objects)
                 node = self._dealing.near(node, sum(objects.values()), lambda one: there.get(one.addresses[0], 0))
-            node.outbox.extend(node.luggage.pack(parts, descriptors, store.current().objects, self._now()))
+            packed = node.luggage.pack(parts, descriptors, store.current().objects, self._now())
+            # A Ctrl-C comes after a call: either all of this is noted, or the batch was not dealt.
             self._unsent[node] = None
             self._of_batch[batch] = node
             node.inflight[batch] = None
+            node.outbox.extend(packed)
             self._dealing.set(node, len(node.inflight), len(node.living))
         return True
+
+    @property
+    def batches(self) -> list[int]:
+        """Those that a node has, or will have."""
+        return list(self._of_batch)
 
     def leave(self, node: Node, message: messages.Message) -> None:
         """Leave a message for a node, behind what was left before."""

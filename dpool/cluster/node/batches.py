@@ -46,6 +46,7 @@ class Batches:
         try:
             # A descriptor of its own for each batch, so that all are closed alike.
             if flags & sessions.FUNCTION_STORED:
+                self.forget_function(function)  # it comes again if the driver cannot tell whether it went
                 self._functions[function] = came.popleft()
             if flags & (sessions.FUNCTION_STORED | sessions.FUNCTION_KNOWN):
                 descriptors.append(os.dup(self._functions[function]))

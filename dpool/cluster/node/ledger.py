@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Generic, TypeVar
 
-# A batch that no worker is in is given up as lost after a worker's death if it still is in none after this time.
-# Longer than a worker needs from taking a message off the socket to saying so.
-LOST_AFTER_S = 0.1
+from dpool.cluster.suspects import OUT, SAFE, WAITS, Suspects
 
 Message = TypeVar("Message")
 
@@ -25,8 +23,7 @@ class Ledger(Generic[Message]):
         self.handed: dict[int, int] = {}  # batch -> its tasks; in the order in which they went into the socket
         self.parked: dict[int, tuple[int, Message]] = {}  # batch -> its tasks; objects that it needs are not here yet
         self.waiting: deque[tuple[int, int, Message]] = deque()  # the socket was full
-        self._suspects: dict[int, float] = {}  # batch -> when to decide whether it is lost
-        self._out: set[int] = set()  # suspects that were in no worker and not in the socket when last looked at
+        self._suspects = Suspects()
         self.tasks_done = 0
 
     def add(self, batch: int, tasks: int, message: Message) -> None:
@@ -62,56 +59,41 @@ class Ledger(Generic[Message]):
     def taken(self, batch: int) -> None:
         """A batch was taken from the socket before a worker had it."""
         self.handed.pop(batch, None)
-        self._acquit(batch)
+        self._suspects.acquit(batch)
 
     def reported(self, batch: int, count: int, done: bool) -> None:
         """A worker has reported so many tasks, and perhaps left the batch."""
         self.tasks_done += count
         if done:
             self.handed.pop(batch, None)
-            self._acquit(batch)
+            self._suspects.acquit(batch)
 
     def died(self, batch: int, claimed: dict[int, int], now: float) -> None:
         """A worker has ended, in `batch` or in none (0): it may have taken another and not said so yet."""
         self.handed.pop(batch, None)
-        self._acquit(batch)
-        for number in self.handed:
-            if number not in claimed:
-                self._suspects.setdefault(number, now + LOST_AFTER_S)
+        self._suspects.acquit(batch)
+        self._suspects.add((number for number in self.handed if number not in claimed), now)
 
     @property
     def deadline(self) -> float | None:
         """When to ask lost() next."""
-        return min(self._suspects.values(), default=None)
+        return self._suspects.deadline
 
     def lost(self, claimed: dict[int, int], unread: bool, now: float) -> list[int]:
         """The batches that no worker has begun and none will. `unread`: something is still in the socket."""
-        due = [batch for batch, when in self._suspects.items() if when <= now]
-        if not due:
-            return []
         order = {batch: index for index, batch in enumerate(self.handed)}
         # Messages leave the socket in the order in which they went in.
         latest = max((order[batch] for batch in claimed if batch in order), default=-1)
-        lost = []
-        for batch in due:
-            if batch in claimed or batch not in order:
-                self._acquit(batch)
-            elif unread and order[batch] > latest:
-                self._suspects[batch] = now + LOST_AFTER_S  # it may be in there
-                self._out.discard(batch)
-            elif batch not in self._out:
-                self._suspects[batch] = now + LOST_AFTER_S  # a worker may have taken it just now
-                self._out.add(batch)
-            else:
-                self._acquit(batch)
-                lost.append(batch)
+
+        def where(batch: int) -> str:
+            if batch in claimed:
+                return SAFE
+            return WAITS if unread and order[batch] > latest else OUT
+
+        lost = self._suspects.lost(where, now)
         for batch in lost:
             del self.handed[batch]
         return lost
-
-    def _acquit(self, batch: int) -> None:
-        self._suspects.pop(batch, None)
-        self._out.discard(batch)
 
     @property
     def running(self) -> int:
@@ -120,6 +102,6 @@ class Ledger(Generic[Message]):
 
     def validate(self) -> None:
         """Raise AssertionError unless the books agree. For tests."""
-        assert self._out <= set(self._suspects) <= set(self.handed)
+        self._suspects.validate(self.handed)
         waiting = {number for number, _, _ in self.waiting}
         assert not waiting & set(self.handed) and not self.parked.keys() & (waiting | set(self.handed))

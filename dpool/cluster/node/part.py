@@ -120,7 +120,9 @@ class Part:
         if self._stops_soon:
             self._stop_tasks(workers)
         if self.ledger.deadline is not None and self.ledger.deadline <= now:
-            for batch in self.ledger.lost(workers.claimed(), workers.unread(), now):
+            # In this order: what leaves the socket meanwhile is in one of them.
+            unread, claimed = workers.unread(), workers.claimed()
+            for batch in self.ledger.lost(claimed, unread, now):
                 self.post(messages.Lost(batch))
 
     # -- what the driver says
