@@ -16,7 +16,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from clusters import Process, until
+from clusters import Process, children_of, until
 from leftovers import MARK, Watched, marked, new_mark
 
 from dpool.cli.jobs import Job, job_of
@@ -162,10 +162,9 @@ def test_when_the_companion_dies_with_it_the_others_end_by_themselves(step: Step
     first = step.start(0, name)
     first.expect("ready")
     others = {process.pid for process in step.processes[:2]}
-    for pid in marked(step.mark):
-        if b"companion" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
-            first.end(signal.SIGKILL)
+    [companion] = children_of(first.pid)
+    os.kill(companion, signal.SIGKILL)
+    first.end(signal.SIGKILL)
     assert not step.left()
     assert {process.pid for process in step.processes[:2] if process.wait() == 0} == others
     assert os.listdir(step.config) == ["key"]
