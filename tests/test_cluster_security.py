@@ -470,6 +470,18 @@ def test_versions_that_do_not_fit_are_refused_with_both(cluster: Cluster, monkey
         ClusterEngine(cluster.address, cluster.key)
 
 
+def test_a_node_that_does_not_fit_says_so_and_is_left(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head does: it may be of another version than its nodes. The node's refusal is the last thing it says."""
+    real = messages.Versions.here()
+    with Driver(cluster):
+        monkeypatch.setattr(messages.Versions, "here", staticmethod(
+            lambda: messages.Versions(real.protocol, "3.7", "0.0")))
+        with pytest.raises(ClusterError, match=rf"cannot be used: Python 3\.7 does not fit Python {real.python}"):
+            Pool(1)
+    monkeypatch.undo()
+    works(cluster)
+
+
 # -- the rule that head and node never unpickle
 
 

@@ -18,7 +18,7 @@ from dpool.cluster.wire.links import Dialer, Frame, Listener, Received
 from dpool.cluster.wire.links import Waker as RealWaker
 from dpool.cluster.wire.surroundings import Surroundings
 
-from .clock import Process, Source, Waker, World
+from .clock import Process, Source, Violation, Waker, World
 
 HANDSHAKE_S = 5.0  # a peer that has not let a connection in by then is given up
 FIRST_DESCRIPTOR = 1 << 24  # simulated descriptors are larger than any real one
@@ -385,6 +385,7 @@ class SimDialer(End):
             self._connection = Connection(self.network, self, self.address)
 
     def watch(self) -> None:
+        self._check_open()
         self.events.ready = False
         for kind, why in self._events:
             if kind == "connected":
@@ -405,9 +406,16 @@ class SimDialer(End):
 
     def receive(self) -> Iterator[list[memoryview]]:
         self.news.ready = False
+        self._check_open()
         while self.inbox:
             yield self.inbox.popleft()
+            self._check_open()
         self.news.ready = False
+
+    def _check_open(self) -> None:
+        """A socket of libzmq's that is closed cannot even be asked whether there is anything."""
+        if self._closed:
+            raise Violation("a connection is used that was closed")
 
     def close(self, linger_ms: int = 0) -> None:
         self._closed = True

@@ -360,7 +360,10 @@ class ClusterPort:
                     self._on_frames(node, received, events)
                 except (msgspec.DecodeError, sessions.ProtocolError, BadPiece, OSError, ValueError) as error:
                     self._lose(node, f"{type(error).__name__}: {error}", events)
+                if node.lost:
                     break
+            if node.lost:
+                continue  # its connection is closed, and cannot even be asked whether there is more
             if node.session.owes_acknowledgement:
                 self._connections.send(node, node.session.acknowledgement())
             self._shipping.look_again(node)
