@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import select
 import socket
 import struct
@@ -20,11 +21,11 @@ from typing import Any
 import pytest
 from clusters import until
 
-from dpool.cluster.driver import things
+from dpool.cluster.driver import lending, things
 from dpool.cluster.driver.lending import Lending
 from dpool.cluster.driver.things import Connection, Relay, Semaphore
 from dpool.cluster.node.calls import Calls
-from dpool.cluster.wire import frames, lent, messages
+from dpool.cluster.wire import borrowed, frames, lent, messages
 from dpool.cluster.wire.messages import Answer, Call, Dropped, Ended, Returned
 
 NODE, OTHER = b"node", b"other node"
@@ -506,6 +507,25 @@ def test_a_process_that_has_called_ends(caller: Caller) -> None:
     assert not caller.watched
     caller.calls.on_answer(Answer(call.request, lent.DONE), [])
     assert caller.sent[-1][0] == Returned(call.process, bytes(16), lent.ACQUIRE)
+
+
+def test_a_call_that_is_read_after_its_process_has_ended_is_not_made(caller: Caller) -> None:
+    """What it held is free by then: its release would be that of who has the lock now. Nobody has waited for it yet."""
+    program = ("import socket, sys; from dpool.cluster.wire import lent; "
+               "channel = lent.Channel(socket.socket(fileno=int(sys.argv[1]))); "
+               "[channel.begin(bytes(16), operation) for operation in (lent.VALUE, lent.RELEASE)]")
+    process = subprocess.Popen([sys.executable, "-c", program, str(caller.asks.fileno())],
+                               pass_fds=[caller.asks.fileno()])
+    caller.asked.recv(1, socket.MSG_PEEK)
+    descriptor = os.pidfd_open(process.pid)
+    known = select.poll()
+    known.register(descriptor, select.POLLIN)
+    assert known.poll(10_000)
+    os.close(descriptor)
+    caller.take()
+    caller.take()
+    assert not caller.sent and not caller.watched
+    process.wait()
 
 
 def test_a_call_for_which_no_memory_is_left_leaves_nothing(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:

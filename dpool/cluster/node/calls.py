@@ -87,6 +87,9 @@ class Calls:
             descriptor = os.pidfd_open(process)
         except (OSError, OverflowError):
             return False
+        if _is_readable(descriptor):  # it has ended, and was not waited for; what it held the driver has released
+            os.close(descriptor)
+            return False
         self._processes[process] = descriptor
         self._pids[descriptor] = process
         self._watch(descriptor)
