@@ -528,6 +528,23 @@ def test_a_call_that_is_read_after_its_process_has_ended_is_not_made(caller: Cal
     process.wait()
 
 
+def test_an_answer_for_which_no_descriptor_is_left_is_an_error(caller: Caller) -> None:
+    """And not an empty one."""
+    ours, call = caller.begin(TOKEN, lent.RECEIVE, lent.FOR_EVER)
+    along, segment = lent.pack(bytes(100_000))
+    caller.calls.on_answer(Answer(call.request, lent.DONE, 0, bytes(along)), [segment])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    with ours:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                lent.answer(ours)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_a_call_for_which_no_memory_is_left_leaves_nothing(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> int:
         raise OSError(24, "Too many open files")
@@ -590,6 +607,31 @@ def test_a_handler_that_raises_when_the_answer_has_come_gives_it_back(caller: Ca
             assert isinstance(call, Call) and (call.token, call.operation) == (TOKEN, back)
             assert call.content == (b"item" if back == lent.PUT_BACK else b"")
     assert len(caller.sent) == 5
+
+
+def test_a_lock_is_not_kept_by_who_was_interrupted_releasing_it(caller: Caller,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """The release is under way: who took it to be still its own would have it together with the next."""
+    outcomes: list[Any] = [(lent.DONE, 0, b""), KeyboardInterrupt(), (lent.TOO_OFTEN, 0, b"")]
+
+    def answered(_: socket.socket) -> Any:
+        caller.take()
+        if isinstance(outcome := outcomes.pop(0), BaseException):
+            monkeypatch.setattr(lent, "withdraw", lambda ours: None)
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(lent, "_channel", caller.channel)
+    monkeypatch.setattr(lent, "answer", answered)
+    lock = borrowed.SemLock(TOKEN, borrowed.RECURSIVE, 1)
+    assert lock.acquire() and lock._is_mine()
+    with pytest.raises(KeyboardInterrupt):
+        lock.release()
+    assert not lock._is_mine()
+    lock = borrowed.SemLock(TOKEN, borrowed.SEMAPHORE, 1)
+    with pytest.raises(ValueError, match="too many times"):
+        lock.release()
+    assert lock._count() == 0
 
 
 def test_who_waits_at_the_end_is_told(caller: Caller) -> None:

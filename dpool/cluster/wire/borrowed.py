@@ -97,7 +97,7 @@ class SemLock(Borrowed):
         self._held -= 1
         try:
             self.call(lent.RELEASE)
-        except BaseException:
+        except ValueError:  # it was free. When the handler of a signal raises, it is released all the same
             self._held += 1
             raise
 

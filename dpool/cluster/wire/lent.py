@@ -9,6 +9,7 @@ comes over that, and who hangs up does not wait any longer.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -166,12 +167,15 @@ def undo(channel: Channel, token: bytes, operation: int, content: bytes) -> None
 
 
 def answer(ours: socket.socket) -> tuple[int, int, bytes]:
-    """The answer to a call: (outcome, number, content). Raises Gone if none will come."""
+    """The answer to a call: (outcome, number, content). Raises Gone if none will come, OSError if no descriptor is left
+    for its content."""
     data: Any
     try:
-        data, descriptors, _, _ = socket.recv_fds(ours, ANSWER.size + INLINE_CALL_BYTES, 1)
+        data, descriptors, flags, _ = socket.recv_fds(ours, ANSWER.size + INLINE_CALL_BYTES, 1)
     except ConnectionError as error:
         raise Gone(str(error)) from None
+    if flags & socket.MSG_CTRUNC:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     if not data:
         raise Gone("the driver that has lent this, or the node of this worker, is gone")
     outcome, number = ANSWER.unpack_from(data)
