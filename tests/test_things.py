@@ -251,6 +251,27 @@ def test_half_a_message_holds_the_lock_until_it_is_whole(books: Books, duplex: b
     assert found[len(content) + 4:] == struct.pack("!i", 5) + b"other"
 
 
+def test_half_a_message_is_read_to_its_end_before_another_reads(books: Books) -> None:
+    """A process ends in the midst of a message: who has the lock next, the program perhaps, begins with a whole one."""
+    read, write = os.pipe()
+    token = books.lending.lend(Connection(read, True, False))
+    lock = multiprocessing.Lock()
+    books.call(lock_of(books, lock), lent.ACQUIRE)
+    request = books.call(token, lent.RECEIVE)
+    framed = struct.pack("!i", 5) + b"first"
+    os.write(write, framed[:7])
+    books.lending.turn()
+    books.lending.ended(NODE, 1)
+    assert books.done(request) is None and books.lending.waits == 0 and not lock.acquire(False)
+    os.write(write, framed[7:] + struct.pack("!i", 6) + b"second")
+    books.lending.turn()
+    assert books.done(request) == NO and lock.acquire(False)
+    assert os.read(read, 4) == struct.pack("!i", 6)
+    assert books.done(books.call(token, lent.RECEIVE, process=2)) == (lent.DONE, 0, b"first")
+    os.close(read)
+    os.close(write)
+
+
 def test_only_what_is_waited_for_is_watched(books: Books) -> None:
     """The other end is closed, which is readable for ever."""
     read, write = multiprocessing.Pipe(False)
@@ -329,6 +350,23 @@ def test_a_connection_to_a_manager_is_of_one_process(books: Books, manager: Any,
     assert books.lending.owned == 0
 
 
+def test_a_manager_that_does_not_read_holds_up_nobody_but_who_lives(books: Books, monkeypatch: pytest.MonkeyPatch,
+                                                                   tmp_path: Path) -> None:
+    """Half a message to it is no one else's concern when its process has ended."""
+    monkeypatch.setattr(lending, "_is_known", lambda address: True)
+    lock = multiprocessing.Lock()
+    books.call(lock_of(books, lock), lent.ACQUIRE)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "manager"))
+        listener.listen()
+        found = books.done(books.call(lent.NO_TOKEN, lent.CONNECT, content=os.fsencode(tmp_path / "manager")))
+        assert found is not None
+        sending = books.call(found[2], lent.SEND, content=bytes(2_000_000))
+        assert books.done(sending) is None
+        books.lending.ended(NODE, 1)
+        assert books.done(sending) == (lent.END, 0, b"") and books.lending.owned == 0 and lock.acquire(False)
+
+
 # -- a driver that is a worker
 
 
@@ -382,6 +420,46 @@ def test_calls_are_passed_on_and_taken_back(books: Books) -> None:
     request = books.call(token, lent.VALUE)
     above.asked[-1][1].close()  # the driver above is gone
     assert books.until_done(request) == UNKNOWN
+
+
+def test_a_release_that_was_passed_on_is_not_made_again(books: Books) -> None:
+    """Neither for who has ended meanwhile, nor is the next holder forgotten when its answer comes late."""
+    above = Above()
+    token = books.lending.lend(Relay(above.begin, is_lock=True))
+    held = books.call(token, lent.ACQUIRE)
+    above.answer(lent.DONE)
+    books.until_done(held)
+    released = books.call(token, lent.RELEASE)
+    _, releasing = above.asked[-1]
+    other = books.call(token, lent.ACQUIRE, process=2)
+    above.answer(lent.DONE)
+    assert books.until_done(other) == DONE
+    lent.tell(releasing, lent.DONE, 0, b"", -1)
+    assert books.until_done(released) == DONE
+    books.lending.ended(NODE, 2)
+    assert above.last[0] == lent.RELEASE
+
+    count = len(above.asked)
+    books.call(token, lent.ACQUIRE, process=3)
+    above.answer(lent.DONE)
+    books.lending.turn()
+    books.call(token, lent.RELEASE, process=3)
+    books.lending.ended(NODE, 3)
+    assert [call[0] for call, _ in above.asked[count:]] == [lent.ACQUIRE, lent.RELEASE]
+
+
+def test_a_message_that_was_passed_on_holds_the_lock_until_it_is_sent(books: Books) -> None:
+    above = Above()
+    lock = books.lending.lend(Relay(above.begin, is_lock=True))
+    pipe = books.lending.lend(Relay(above.begin))
+    held = books.call(lock, lent.ACQUIRE)
+    above.answer(lent.DONE)
+    books.until_done(held)
+    sending = books.call(pipe, lent.SEND, content=b"content")
+    books.lending.ended(NODE, 1)
+    assert above.last[0] == lent.SEND and books.done(sending) is None
+    above.answer(lent.DONE)
+    assert books.until_done(sending) == DONE and above.last[0] == lent.RELEASE
 
 
 # -- the node's books

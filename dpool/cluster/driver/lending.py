@@ -38,7 +38,7 @@ Caller = tuple[bytes, int]
 class _Waiting:
     """A call that stands in line, or was passed on."""
 
-    __slots__ = ("session", "call", "thing", "line", "rest", "socket", "answered")
+    __slots__ = ("session", "call", "thing", "line", "rest", "unwanted", "socket", "answered")
 
     def __init__(self, session: bytes, call: Call, thing: Thing | None) -> None:
         self.session = session
@@ -46,6 +46,7 @@ class _Waiting:
         self.thing = thing
         self.line: _Line | None = None
         self.rest: memoryview | None = None  # of a message that is being sent
+        self.unwanted = False  # a message has come in part, and goes to the next one
         self.socket: socket.socket | None = None  # on which the answer comes
         self.answered = False
 
@@ -112,7 +113,7 @@ class Lending:
     @property
     def waits(self) -> int:
         """How many calls wait for a semaphore, for a message, or for this process's own driver."""
-        return sum(one.call.operation != lent.SEND and not (one.line is None and one.socket is None)
+        return sum(one.call.operation != lent.SEND and not one.unwanted and not (one.line is None and one.socket is None)
                    for one in list(self._waiting.values()))
 
     @property
@@ -135,6 +136,9 @@ class Lending:
         one = _Waiting(session, call, self._things.get(call.token))
         self._waiting[session, call.request] = one
         operation, thing = call.operation, one.thing
+        if operation == lent.RELEASE:
+            # Not with the answer: of what is passed on that may come after the next holder's.
+            self._holders.pop(call.token, None)
         if operation == lent.CONNECT:
             self._connect(one)
         elif thing is None or call.token in self._own and self._own[call.token] != one.caller:
@@ -232,11 +236,9 @@ class Lending:
         call = one.call
         self._waiting.pop((one.session, call.request), None)
         thing = one.thing
-        if isinstance(thing, Semaphore | Relay) and thing.is_lock and outcome[0] == lent.DONE:
-            if call.operation == lent.ACQUIRE:
-                self._holders[call.token] = one.caller
-            elif call.operation == lent.RELEASE:
-                self._holders.pop(call.token, None)
+        if (call.operation == lent.ACQUIRE and outcome[0] == lent.DONE and isinstance(thing, Semaphore | Relay)
+                and thing.is_lock):
+            self._holders[call.token] = one.caller
         self._answer(one.session, call.request, *outcome)
         if one.caller in self._ending:
             self._end(one.caller)
@@ -259,8 +261,13 @@ class Lending:
             heapq.heappush(self._deadlines, (self._now() + one.call.seconds, next(self._count), one))
 
     def _drop(self, one: _Waiting) -> None:
-        """End the waiting. A message that is being sent goes on: a half of it would spoil the pipe."""
-        if one.rest is not None:
+        """End the waiting. A message that is on the way goes on, in either direction: a half of it would spoil the
+        pipe."""
+        if one.rest is not None or one.call.operation == lent.SEND and one.socket is not None:
+            return
+        if (isinstance(one.thing, Connection) and one.thing.is_in_message and one.call.operation == lent.RECEIVE
+                and one.line is not None and one.line.waiting[0] is one):
+            one.unwanted = True
             return
         if one.line is not None and one in one.line.waiting:
             one.line.waiting.remove(one)
@@ -282,13 +289,13 @@ class Lending:
         self._ending.pop(caller, None)
         for one in [one for one in self._waiting.values() if one.caller == caller]:
             self._drop(one)
+        for token in [token for token, owner in self._own.items() if owner == caller]:
+            self._close(token)
         if any(one.caller == caller for one in self._waiting.values()):
             self._ending[caller] = None  # its message is under way; till then nobody else may write
             return
         for token in [token for token, holder in self._holders.items() if holder == caller]:
             self._release_of_the_dead(token)
-        for token in [token for token, owner in self._own.items() if owner == caller]:
-            self._close(token)
 
     def _release_of_the_dead(self, token: bytes) -> None:
         del self._holders[token]
@@ -394,6 +401,9 @@ class Lending:
             if outcome is None:
                 break
             reading.waiting.popleft()
+            if one.unwanted and outcome[0] == lent.DONE:
+                thing.put_back(outcome[2])
+                outcome = lent.NO, 0, b""
             self._done(one, outcome)
         while writing is not None and writing.waiting:
             one = writing.waiting[0]

@@ -177,6 +177,11 @@ class Connection:
             return None
         return (lent.FAILED, 0, b"got end of file during message") if self._come else (lent.END, 0, b"")
 
+    @property
+    def is_in_message(self) -> bool:
+        """Whether a part of one has come, which nobody else can read any more."""
+        return bool(self._come)
+
     def poll(self) -> Outcome | None:
         """Whether receive() has something to say; None if not yet."""
         if not self._readable:
