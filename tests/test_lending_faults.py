@@ -269,9 +269,17 @@ WAITING = """
 
 
 def test_ctrl_c_in_a_driver_whose_workers_wait(cluster: Cluster, tmp_path: Path) -> None:
+    """Again if it is not noticed: CPython itself loses one that comes just as its main thread begins to wait for a lock
+    (one of a hundred, on a machine that is busy)."""
     process = _driver(cluster, tmp_path)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=PATIENCE_S)
+    for last in (False, True):
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=PATIENCE_S)
+            break
+        except subprocess.TimeoutExpired:
+            if last:
+                raise
     assert process.returncode in (1, -signal.SIGINT) and "KeyboardInterrupt" in errors
     until(lambda: not cluster.workers(), "its workers are gone")
 
