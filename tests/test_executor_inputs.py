@@ -61,6 +61,7 @@ def test_max_workers_may_be_any_integer() -> None:
     (dict(chunksize=0), ValueError, r"chunksize must be >= 1\."),
     (dict(chunksize=-1), ValueError, r"chunksize must be >= 1\."),
     (dict(chunksize="a"), TypeError, "not supported between"),
+    (dict(chunksize=2.0), TypeError, "'float' object cannot be interpreted as an integer"),
     (dict(buffersize=0), ValueError, "buffersize must be None or > 0"),
     (dict(buffersize=2.0), TypeError, "buffersize must be an integer or None"),
     (dict(timeout="5"), TypeError, "str"),

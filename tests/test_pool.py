@@ -618,7 +618,7 @@ def test_a_start_method_that_is_none() -> None:
         dpool.multiprocessing.get_context("banana")
 
 
-@pytest.mark.parametrize("chunksize, kind", [(0, ValueError), (-1, ValueError), ("a", TypeError)])
+@pytest.mark.parametrize("chunksize, kind", [(0, ValueError), (-1, ValueError), ("a", TypeError), (2.0, TypeError)])
 def test_a_chunksize_that_is_none(pool: Pool, chunksize: Any, kind: type[Exception]) -> None:
     """Row 4 of bad input."""
     calls: list[Any] = [pool.imap, pool.imap_unordered]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import operator
 import os
 import threading
 import time
@@ -160,8 +161,8 @@ class Pool(_stdlib.Pool):
             chunksize, extra = divmod(length, max(len(self._pool), 1) * 4)
             if extra:
                 chunksize += 1
-        elif chunksize < 1:
-            raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        else:
+            chunksize = _check_chunksize(chunksize)
         result = MapResult(self, chunksize, len(items), callback, error_callback)
         if broken is not None:
             result._settle(False, broken)
@@ -187,8 +188,7 @@ class Pool(_stdlib.Pool):
     def _imap(self, make: type[IMapIterator], func: Callable[..., Any], iterable: Iterable[Any],
               chunksize: Any) -> Any:
         self._check_running()  # type: ignore[attr-defined]
-        if chunksize < 1:
-            raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+        chunksize = _check_chunksize(chunksize)
         result = make(self)
         mode = MAP if chunksize == 1 else MAP_CHUNK
         if type(iterable) in (list, tuple, range):
@@ -594,6 +594,12 @@ def _exc_info() -> tuple[Any, Any, Any]:
     import sys
 
     return sys.exc_info()
+
+
+def _check_chunksize(chunksize: Any) -> int:
+    if chunksize < 1:
+        raise ValueError(f"Chunksize must be 1+, not {chunksize:n}")
+    return operator.index(chunksize)
 
 
 def _check_processes(processes: Any) -> None:

@@ -7,6 +7,7 @@ standard library's own; futures are future.py's, map() is maps.py's.
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import sys
 import threading
@@ -158,6 +159,7 @@ class ProcessPoolExecutor(_stdlib.ProcessPoolExecutor):
                 return super().map(fn, *iterables, timeout=timeout, chunksize=chunksize, **ahead)
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
+        chunksize = operator.index(chunksize)
         if buffersize is not None and not isinstance(buffersize, int):
             raise TypeError("buffersize must be an integer or None")
         if buffersize is not None and buffersize < 1:
