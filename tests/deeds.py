@@ -51,6 +51,37 @@ class Doubler:
         return value * 2
 
 
+class Counts:
+    """Changes with each call; `room` bytes are changed, too."""
+
+    def __init__(self, room: int = 0) -> None:
+        self.calls = 0
+        self.bytes = bytearray(room)
+
+    def __call__(self, _: object = None) -> tuple[int, int]:
+        self.calls += 1
+        if self.bytes:
+            self.bytes[-1] += 1
+        return self.calls, self.bytes[-1] if self.bytes else 0
+
+
+def add_to(numbers: list[int], value: int) -> int:
+    numbers.append(value)
+    return len(numbers)
+
+
+# What write() returns each time, by its length.
+_written: dict[int, list[Any]] = {}
+
+
+def write(value: int, size: int) -> list[Any]:
+    """The same object each time, with a new content."""
+    written = _written.setdefault(size, [0, bytearray(size)])
+    written[0] = value
+    written[1][-1] = value % 256
+    return written
+
+
 def outer(factor: int) -> Callable[[int], int]:
     def inner(value: int) -> int:
         return value * factor

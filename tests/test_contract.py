@@ -5,6 +5,7 @@ The in-process engine is held to the same promises as real workers, so tests of 
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import socket
@@ -219,6 +220,40 @@ def test_an_argument_is_a_copy(house: House) -> None:
     value = [1]
     found = call(house.open(), deeds.identity, value)
     assert found == value and found is not value
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_a_result_is_what_it_was_when_its_task_ended(house: House, size: int) -> None:
+    """Tasks that travel together return the same object, each with its own content."""
+    outcome = Outcomes()
+    house.open(1).submit_many(deeds.write, [(value, size) for value in range(200)], STAR, outcome)
+    assert [(value, data[-1]) for value, data in outcome.wait(200).list()] == [(n, n) for n in range(200)]
+
+
+@pytest.mark.parametrize("function, value", [
+    (deeds.Counts(), (1, 0)),
+    (deeds.Counts(1), (1, 1)),
+    (deeds.Counts(100_000), (1, 1)),
+    (functools.partial(deeds.add_to, []), 1),
+    ([3, 2, 1].pop, 1),
+])
+def test_a_task_does_not_see_what_others_did_to_their_function(house: House, function: Any, value: Any) -> None:
+    outcome = Outcomes()
+    group = house.open(1)
+    group.submit_many(function, [-1] * 200, MAP, outcome)
+    assert outcome.wait(200).list() == [value] * 200
+    calls = [Outcomes() for _ in range(200)]
+    for each in calls:
+        group.submit(function, (-1,), {}, each)
+    assert [each.wait().values[0] for each in calls] == [value] * 200
+
+
+def test_a_method_of_a_list_is_sent_with_the_list_as_it_is_at_each_call(house: House) -> None:
+    group, numbers = house.open(1), [1]
+    method = numbers.copy
+    assert call(group, method) == [1]
+    numbers.append(2)
+    assert call(group, method) == [1, 2]
 
 
 def test_sinks_are_told_by_the_group_and_may_submit_again(house: House) -> None:

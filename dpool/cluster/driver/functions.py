@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 MAX_REMEMBERED = 1024
 
 _numbers = itertools.count(1)
-_IMMUTABLE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type, str, bytes, int, float, type(None))
+_IMMUTABLE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type, str, bytes, int, float, type(None),
+              bool, types.MethodDescriptorType, types.WrapperDescriptorType)
 
 
 class Function:
@@ -101,10 +102,22 @@ class Function:
         else:
             self.inline = data
             self.flags = 0
+        if not _is_constant(self.target):
+            self.flags |= frames.FUNCTION_ANEW
 
     def _close(self) -> None:
         self.descriptor = -1
         self._held = None
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a callable, or an argument that it holds, is the same after any call: a function, a method of a class, a
+    functools.partial of such. One that travels by value keeps its globals and what it encloses, as in its module."""
+    if type(value) is functools.partial:
+        return not vars(value) and all(map(_is_constant, (value.func, *value.args, *value.keywords.values())))
+    if isinstance(value, (types.MethodType, types.BuiltinFunctionType)):
+        value = value.__self__
+    return isinstance(value, (types.ModuleType, type)) or type(value) in _IMMUTABLE
 
 
 class FunctionTable:
@@ -131,7 +144,8 @@ class FunctionTable:
 
     def _make(self, target: Callable[..., Any], elsewhere: bool) -> Function:
         function = Function(target, self._timing(target))
-        if isinstance(target, (types.FunctionType, types.BuiltinFunctionType, type)):
+        if (isinstance(target, (types.FunctionType, type))
+                or (isinstance(target, types.BuiltinFunctionType) and _is_constant(target))):
             try:
                 function.encode_by_name()
             except (pickle.PicklingError, AttributeError, TypeError):

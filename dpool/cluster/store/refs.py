@@ -167,6 +167,11 @@ class Sending:
             for inner in ref._stored.inner if ref._stored is not None else ref._inner:
                 self.add(inner)
 
+    def take(self, other: Sending) -> None:
+        """What goes along with the other goes along with this."""
+        self.any |= other.any
+        self.refs.update(other.refs)
+
     def __enter__(self) -> Sending:
         self._outer = getattr(_local, "sending", None)
         _local.sending = self

@@ -40,6 +40,7 @@ ONE_PICKLE = 2  # the values are one pickle of a list; else a pickle of a list o
 FUNCTION_IN_SEGMENT = 4  # the first descriptor is the function's segment
 KEEP_FUNCTION = 8  # more batches of this function will follow; else forget it after this one
 BY_NAME = 16  # the function's pickle names it and gives its digest
+FUNCTION_ANEW = 32  # a task may change what the function holds: each task has one of its own
 # Flags of RESULTS.
 BODY_IN_SPARE = 4  # the body is the table of the segment that came as a spare
 DONE = 32  # the worker has left the batch; what it did not run, it never will

@@ -64,6 +64,24 @@ class Packed:
         return len(self.body) + sum(b.nbytes for b in self.buffers)
 
 
+class Pickled:
+    """A value as it was: pickled before whoever has it changes it, with the refs that go along if there are any."""
+
+    __slots__ = ("data", "buffers", "sending")
+
+    def __init__(self, value: Any, sending: Any) -> None:
+        beside: list[memoryview] = []
+        self.data = dumps(value, beside)
+        # Nobody can change bytes.
+        self.buffers = [view if type(view.obj) is bytes else memoryview(bytes(view)) for view in beside]
+        self.sending = sending if sending.any else None
+
+
+def is_constant(value: Any) -> bool:
+    """Whether nobody can change a value; of some it is not found out."""
+    return type(value) in _ATOMS or (type(value) is tuple and _ATOMS.issuperset(map(type, value)))
+
+
 class _Bytes:
     """Stands for large bytes in a pickle: plain pickle would copy them into its own output."""
 
@@ -201,12 +219,12 @@ def _forking_dumps(value: Any, callback: Any) -> bytes:
 
 def pack(values: Sequence[Any], by_value: bool = False,
          elsewhere: bool = False) -> tuple[Packed, list[tuple[int, BaseException]]]:
-    """`values` as bytes, and the (index, error) of each that cannot be pickled; those arrive as None. The other
-    parameters are those of dumps().
+    """`values`, some of them Pickled, as bytes, and the (index, error) of each that cannot be pickled; those arrive as
+    None. The other parameters are those of dumps().
 
     Raises nothing but KeyboardInterrupt: a value's own code may raise anything, SystemExit too.
     """
-    if len(values) == 1:
+    if len(values) == 1 and type(values[0]) is not Pickled:
         if type(values[0]) in _ATOMS:
             return Packed(pickle.dumps([values[0]], PROTOCOL), [], True), []
         # Nobody else to spoil: no need for a pickle within a pickle.
@@ -226,7 +244,12 @@ def pack(values: Sequence[Any], by_value: bool = False,
     for index, value in enumerate(values):
         before = len(buffers)
         try:
-            data: Any = dumps(value, buffers, by_value, elsewhere)
+            data: Any
+            if type(value) is Pickled:
+                data = value.data
+                buffers += value.buffers
+            else:
+                data = dumps(value, buffers, by_value, elsewhere)
         except KeyboardInterrupt:
             raise
         except BaseException as error:

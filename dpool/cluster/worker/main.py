@@ -20,7 +20,7 @@ from time import perf_counter_ns
 
 from dpool import engine
 from dpool.cluster.store import segments
-from dpool.cluster.store.refs import Accepted, Sending, resolve
+from dpool.cluster.store.refs import Accepted, Descriptors, Sending, resolve
 from dpool.cluster.wire import frames, pickling
 from dpool.cluster.wire.functions import StaleFunction, load_by_name
 from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, reopen, trace_offset
@@ -84,8 +84,9 @@ class Worker:
         self.finished: tuple[int, list[Any], list[tuple[Any, ...]], int] | None = None
         self.reported = 0  # tasks of the running batch that were sent
         self.functions: dict[int, Callable[..., Any]] = {}
-        # A function that travels by value may hold much: one is kept, while more of its tasks will come.
-        self.latest: tuple[int, Callable[..., Any] | None] = (0, None)
+        # A function that travels by value may hold much: one is kept, while more of its tasks will come; of one that
+        # its tasks may change, what makes it.
+        self.latest: tuple[int, Any] = (0, None)
         self.spare = 0  # the segment of the driver's that this batch's results may be written into
         self.spares: dict[int, segments.Segment] = {}  # the latest of them, mapped: that takes as long as the writing
         self.released: deque[int] = deque()  # segments of the driver's that nobody here looks at any more
@@ -179,7 +180,10 @@ class Worker:
                     accepted = Accepted(message[refs:body], of_refs)
                 finally:
                     descriptors[own:] = of_refs  # those that are not the store's now
-            prepared.append(_CALLS[mode](self._function(function_number, flags, message[start:refs], descriptors)))
+            function, make = self._function(function_number, flags, message[start:refs], descriptors)
+            prepared.append(_CALLS[mode](function))
+            del function
+            prepared.append(_calls(mode, make))
             prepared.append(self._unpack(message[body:], flags, descriptors, accepted))
             prepared.append(accepted)
         except StaleFunction as stale:
@@ -212,7 +216,9 @@ class Worker:
             while claims.acquire(False):
                 pass
 
-    def _function(self, number: int, flags: int, inline: memoryview, descriptors: list[int]) -> Callable[..., Any]:
+    def _function(self, number: int, flags: int, inline: memoryview,
+                  descriptors: list[int]) -> tuple[Callable[..., Any], Callable[[], Any] | None]:
+        """The function of a batch, and what makes another one for each task after the first; None if they share it."""
         if flags & frames.BY_NAME:
             function = self.functions.get(number)
             if function is None:
@@ -220,23 +226,20 @@ class Worker:
                 if len(self.functions) >= MAX_FUNCTIONS:
                     self.functions.clear()
                 self.functions[number] = function
-            return function
-        known, function = self.latest
-        if known != number or function is None:
+            return function, None
+        known, kept = self.latest
+        if known != number or kept is None:
             self.latest = (0, None)  # before loading the next, which may be as large
-            if flags & frames.FUNCTION_IN_SEGMENT:
-                data, *buffers = segments.read(descriptors[0], inline)
-                function = pickle.loads(data, buffers=buffers)
-            else:
-                function = pickle.loads(inline)
-        self.latest = (number, function) if flags & frames.KEEP_FUNCTION else (0, None)
-        assert function is not None
-        return function
+            kept = _maker(inline, descriptors[0] if flags & frames.FUNCTION_IN_SEGMENT else -1)
+            if not flags & frames.FUNCTION_ANEW:
+                kept = kept()
+        self.latest = (number, kept) if flags & frames.KEEP_FUNCTION else (0, None)
+        return (kept(), kept) if flags & frames.FUNCTION_ANEW else (kept, None)
 
     def _run(self, number: int, prepared: list[Any], resolve: Callable[[Any], Any] | None, count: int, claims: Any,
              started: int) -> None:
         """Run a batch's tasks in order, for as long as they are there to be claimed."""
-        call, tasks, accepted = prepared
+        call, make, tasks, accepted = prepared
         prepared.clear()
         page = self.page
         load: Any = tasks.__getitem__ if isinstance(tasks, list) else tasks.load
@@ -246,9 +249,13 @@ class Worker:
         reported_at = started
         last = min(count, self.left)
         finished = self.finished = (number, values, failures, started)
+        sending = Sending()
         while True:
             try:
                 item = load(index)
+                if index and make is not None:
+                    call = None
+                    call = make()
             except BaseException as error:
                 self.finished = None
                 failures.append((len(values), *describe_exception(error, engine.ARGUMENT_BROKEN)))
@@ -256,12 +263,30 @@ class Worker:
                 self.finished = finished
             else:
                 try:
-                    values.append(call(item if resolve is None else resolve(item)))
+                    value = call(item if resolve is None else resolve(item))
                 except BaseException as error:
                     self.finished = None
                     failures.append((len(values), *describe_exception(error)))
                     values.append(None)
                     self.finished = finished
+                else:
+                    # The next task may change what this one has returned; unless all is sent before it begins.
+                    if (index + 1 < last and not pickling.is_constant(value)
+                            and perf_counter_ns() - reported_at <= REPORT_EVERY_NS):
+                        try:
+                            with sending:
+                                value = pickling.Pickled(value, sending)
+                            if value.sending is not None:
+                                sending = Sending()
+                        except KeyboardInterrupt:
+                            raise
+                        except BaseException as error:
+                            self.finished = None
+                            failures.append((len(values), *describe_unpicklable(value, error)))
+                            value = None
+                    values.append(value)
+                    self.finished = finished
+                    value = None
                 item = None
             index += 1
             if index >= last or (claims is not None and not claims.acquire(False)):
@@ -279,7 +304,7 @@ class Worker:
         self.left -= index
         if claims is not None and index < count:
             self._drain(claims)
-        del tasks, load, call, accepted
+        del tasks, load, call, make, accepted
         self._send(frames.DONE, number, self.reported, values, _dump_failures(failures), index,
                    perf_counter_ns() - started)
 
@@ -288,13 +313,17 @@ class Worker:
         """Send outcomes. With `early` what goes wrong is raised, and nothing is sent."""
         with Sending() as sending:
             packed, errors = pickling.pack(values)
+        if not packed.one:
+            for known in [value.sending for value in values if type(value) is pickling.Pickled]:
+                if known is not None:
+                    sending.take(known)
         if early and errors:
             raise errors[0][1]
         if len(sending.refs) >= frames.MAX_DESCRIPTORS:
             return self._send_less(flags, number, first, values, failures, executed, run_ns)
         if errors:
-            known = pickle.loads(failures) if failures else []
-            failures = _dump_failures(known + [(i, *describe_unpicklable(values[i], error)) for i, error in errors])
+            others = pickle.loads(failures) if failures else []
+            failures = _dump_failures(others + [(i, *describe_unpicklable(values[i], error)) for i, error in errors])
         if packed.one:
             flags |= frames.ONE_PICKLE
         count = len(values)
@@ -374,6 +403,22 @@ class Worker:
             self._send(last, number, first + index, [value], _dump_failures(mine), executed, run_ns)
 
 
+def _maker(inline: memoryview, descriptor: int) -> Callable[[], Any]:
+    """What unpickles a function, each time a new one. `descriptor` is its segment's, -1 if it has none."""
+    data = bytes(inline)
+    if descriptor < 0:
+        return lambda: pickle.loads(data)
+    held = Descriptors()
+    held.numbers.append(os.dup(descriptor))
+
+    def make() -> Any:
+        # Mapped anew: what a task writes into its function's arrays is seen by none of the others.
+        body, *buffers = segments.read(held.numbers[0], data)
+        return pickle.loads(body, buffers=buffers)
+
+    return make
+
+
 # From a function to a callable of one item, by mode.
 _CALLS: dict[int, Callable[[Any], Callable[[Any], Any]]] = {
     engine.CALL: lambda f: lambda item: f(*item[0], **item[1]),
@@ -382,6 +427,11 @@ _CALLS: dict[int, Callable[[Any], Callable[[Any], Any]]] = {
     engine.MAP_CHUNK: lambda f: lambda item: list(map(f, item)),
     engine.STAR_CHUNK: lambda f: lambda item: list(starmap(f, item)),
 }
+
+
+def _calls(mode: int, make: Callable[[], Any] | None) -> Callable[[], Callable[[Any], Any]] | None:
+    """The same, of what makes a function."""
+    return None if make is None else lambda: _CALLS[mode](make())
 
 
 def _resolve_call(item: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[list[Any], dict[str, Any]]:
@@ -414,6 +464,8 @@ def _is_plain(value: Any, layers: int = _PLAIN_LAYERS) -> bool:
     kind = type(value)
     if kind in _PLAIN:
         return True
+    if kind is pickling.Pickled:
+        return value.sending is None
     if kind in (list, tuple, set, frozenset, dict):
         if not layers or len(value) > _PLAIN_ITEMS:
             return False
