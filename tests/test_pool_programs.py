@@ -125,6 +125,28 @@ def test_objects_of_a_script(method: str, tmp_path: Path) -> None:
     assert run_script(text, tmp_path) == OBJECTS
 
 
+def test_a_function_of_a_script_that_calls_another_goes_by_its_name(method: str, tmp_path: Path) -> None:
+    """By value it would not go: the program's lock, which the worker's main module does not have, goes nowhere."""
+    assert run_script(f"""
+import threading
+from multiprocessing import get_context
+from dpool.multiprocessing.pool import Pool
+
+lock = None
+
+def is_worker():
+    return __name__ != "__main__" or lock is not None and {method == "fork"}
+
+def call(_):
+    return is_worker(), lock is None
+
+if __name__ == "__main__":
+    lock = threading.Lock()
+    with Pool(1, context=get_context({method!r})) as pool:
+        print(pool.map(call, range(2)))
+""", tmp_path) == f"{[(True, method != 'fork')] * 2}\n"
+
+
 @pytest.mark.parametrize("method", ["fork", *(pytest.param(name, marks=pytest.mark.xfail(
     strict=True, reason="by name only: a worker that was not forked has no such __main__"))
     for name in ("forkserver", "spawn"))])

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+# The program's main module: multiprocessing gives it another name in workers that it spawns.
+_MAINS = ("__main__", "__mp_main__")
 _SIMPLE = (int, float, complex, bool, str, bytes, type(None))
 
 
@@ -31,10 +33,10 @@ def digest(function: types.FunctionType, depth: int = 3) -> int:
     crc = code_digest(function.__code__)
     for value in (function.__defaults__ or ()) + tuple((function.__kwdefaults__ or {}).values()):
         crc = zlib.crc32((repr(value) if isinstance(value, _SIMPLE) else type(value).__qualname__).encode(), crc)
-    if depth and function.__module__ == "__main__":
+    if depth and function.__module__ in _MAINS:
         for name in function.__code__.co_names:
             other = function.__globals__.get(name)
-            if isinstance(other, types.FunctionType) and other is not function and other.__module__ == "__main__":
+            if isinstance(other, types.FunctionType) and other is not function and other.__module__ in _MAINS:
                 crc = zlib.crc32(digest(other, depth - 1).to_bytes(4, "little"), crc)
     return crc
 
