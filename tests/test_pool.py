@@ -122,7 +122,7 @@ def test_local_classes_may_be_raised_and_caught(pool: Pool) -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         pool.apply(lambda: 1 // 0)
     assert type(caught.value.__cause__) is RemoteTraceback
-    assert "1 // 0" in str(caught.value.__cause__) or "<lambda>" in str(caught.value.__cause__)
+    assert f'File "{__file__}", line' in str(caught.value.__cause__) and "1 // 0" in str(caught.value.__cause__)
 
 
 # -- results

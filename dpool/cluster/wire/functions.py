@@ -106,9 +106,15 @@ def by_value_pickler() -> Any:
         return _pickler
     import cloudpickle
 
+    def reduce_code(code: types.CodeType) -> Any:
+        make, arguments = cloudpickle.cloudpickle._code_reduce(code)
+        return make, tuple(code.co_filename if type(argument) is str and argument == "<dynamic-code>" else argument
+                           for argument in arguments)
+
     class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
-        # Reductions that the program has registered hold here, too.
-        dispatch_table = ChainMap(*cloudpickle.CloudPickler.dispatch_table.maps,
+        # Tracebacks name the file, which cloudpickle takes away. And reductions that the program has registered hold
+        # here, too.
+        dispatch_table = ChainMap({types.CodeType: reduce_code}, *cloudpickle.CloudPickler.dispatch_table.maps,
                                   ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
 
         def reducer_override(self, obj: Any) -> Any:
