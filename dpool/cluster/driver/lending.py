@@ -113,8 +113,8 @@ class Lending:
     @property
     def waits(self) -> int:
         """How many calls wait for a semaphore, for a message, or for this process's own driver."""
-        return sum(one.call.operation != lent.SEND and not one.unwanted and not (one.line is None and one.socket is None)
-                   for one in list(self._waiting.values()))
+        return sum(one.call.operation != lent.SEND and not one.unwanted
+                   and not (one.line is None and one.socket is None) for one in list(self._waiting.values()))
 
     @property
     def owned(self) -> int:

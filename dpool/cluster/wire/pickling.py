@@ -27,7 +27,7 @@ PROTOCOL = 5
 OUT_OF_BAND_MIN_BYTES = 64 * 1024
 
 # Values of exactly these types cannot fail to pickle or to unpickle, so a whole list of them may share one pickle.
-_ATOMS = frozenset((int, float, complex, bool, str, type(None)))
+ATOMS = frozenset((int, float, complex, bool, str, type(None)))
 
 # Tuples and lists up to this length are searched for large bytes; nested ones as deep as they go.
 MAX_LIFTED = 16
@@ -69,17 +69,17 @@ class Pickled:
 
     __slots__ = ("data", "buffers", "sending")
 
-    def __init__(self, value: Any, sending: Any) -> None:
+    def __init__(self, value: Any, sending: Any = None) -> None:
         beside: list[memoryview] = []
         self.data = dumps(value, beside)
         # Nobody can change bytes.
-        self.buffers = [view if type(view.obj) is bytes else memoryview(bytes(view)) for view in beside]
-        self.sending = sending if sending.any else None
+        self.buffers = beside and [view if type(view.obj) is bytes else memoryview(bytes(view)) for view in beside]
+        self.sending = sending
 
 
 def is_constant(value: Any) -> bool:
     """Whether nobody can change a value; of some it is not found out."""
-    return type(value) in _ATOMS or (type(value) is tuple and _ATOMS.issuperset(map(type, value)))
+    return type(value) in ATOMS or (type(value) is tuple and ATOMS.issuperset(map(type, value)))
 
 
 class _Bytes:
@@ -225,7 +225,7 @@ def pack(values: Sequence[Any], by_value: bool = False,
     Raises nothing but KeyboardInterrupt: a value's own code may raise anything, SystemExit too.
     """
     if len(values) == 1 and type(values[0]) is not Pickled:
-        if type(values[0]) in _ATOMS:
+        if type(values[0]) in ATOMS:
             return Packed(pickle.dumps([values[0]], PROTOCOL), [], True), []
         # Nobody else to spoil: no need for a pickle within a pickle.
         beside: list[memoryview] = []
@@ -273,14 +273,14 @@ _NONES = pickle.dumps([None], PROTOCOL)
 def _plain(values: Sequence[Any]) -> bool:
     """Whether no value can fail to pickle: numbers and texts, tuples of them, and calls with no more than those."""
     kinds = set(map(type, values))
-    if kinds <= _ATOMS:
+    if kinds <= ATOMS:
         return True
     if kinds == {tuple}:
         parts = list(chain.from_iterable(values))
         kinds = set(map(type, parts))
         if kinds == {tuple, dict} and not any(map(dict.__len__, filter(_is_dict, parts))):
             kinds = set(map(type, chain.from_iterable(parts)))  # calls: (args, {})
-        return kinds <= _ATOMS
+        return kinds <= ATOMS
     return False
 
 

@@ -24,6 +24,7 @@ from dpool.cluster.store.refs import Accepted, Descriptors, Sending, resolve
 from dpool.cluster.wire import frames, pickling
 from dpool.cluster.wire.functions import StaleFunction, load_by_name
 from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, reopen, trace_offset
+from dpool.cluster.wire.pickling import ATOMS
 from dpool.cluster.worker.setup import Setup, arm_lifeline
 from dpool.errors import DpoolError
 
@@ -249,7 +250,6 @@ class Worker:
         reported_at = started
         last = min(count, self.left)
         finished = self.finished = (number, values, failures, started)
-        sending = Sending()
         while True:
             try:
                 item = load(index)
@@ -271,13 +271,11 @@ class Worker:
                     self.finished = finished
                 else:
                     # The next task may change what this one has returned; unless all is sent before it begins.
-                    if (index + 1 < last and not pickling.is_constant(value)
+                    # Most values are numbers and the like: those cost no call.
+                    if (type(value) not in ATOMS and index + 1 < last and not pickling.is_constant(value)
                             and perf_counter_ns() - reported_at <= REPORT_EVERY_NS):
                         try:
-                            with sending:
-                                value = pickling.Pickled(value, sending)
-                            if value.sending is not None:
-                                sending = Sending()
+                            value = _as_it_is(value)
                         except KeyboardInterrupt:
                             raise
                         except BaseException as error:
@@ -508,6 +506,19 @@ def describe_exception(error: BaseException, kind: str = engine.RAISED) -> tuple
     except BaseException:
         data = None
     return kind, data, name, _text(error), text, ""
+
+
+def _as_it_is(value: Any) -> pickling.Pickled:
+    """A value, pickled before it can change. Raises what pickling raises."""
+    try:
+        return pickling.Pickled(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        # It may have refs in it, which are hardly ever there and refuse to be pickled but within this, which costs as
+        # much as a small value's pickle.
+        with Sending() as sending:
+            return pickling.Pickled(value, sending)
 
 
 def describe_unpicklable(value: Any, error: BaseException) -> tuple[Any, ...]:
