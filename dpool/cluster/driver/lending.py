@@ -114,7 +114,8 @@ class Lending:
     def waits(self) -> int:
         """How many calls wait for a semaphore, for a message, or for this process's own driver."""
         return sum(one.call.operation != lent.SEND and not one.unwanted
-                   and not (one.line is None and one.socket is None) for one in list(self._waiting.values()))
+                   and (one.line is not None or one.socket is not None)
+                   for one in list(self._waiting.values()))
 
     @property
     def owned(self) -> int:
