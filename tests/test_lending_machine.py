@@ -795,6 +795,7 @@ def histories(seeds: Iterable[int]) -> None:
 def test_histories() -> None:
     """Nobody has a lock twice, nothing is held by who is gone, each message comes whole and once, every call is
     answered once, and no book has anything left in it. To see one again: histories([seed])."""
+    gc.collect()  # what other tests have left
     before = len(os.listdir("/proc/self/fd"))
     first = SystemRandom().randrange(1 << 32)
     histories(range(first, first + FRESH))
