@@ -488,6 +488,22 @@ def test_results_are_writable_and_private(pool: Pool) -> None:
     assert tasks.total(dpool.get(ref)) == 2 * MB
 
 
+@pytest.mark.parametrize("size", [10, MB])
+def test_read_only_arrays_arrive_writable(pool: Pool, size: int) -> None:
+    """As with the standard library, whose older pickles know of no such thing."""
+    value = large(1, size)
+    value.flags.writeable = False
+    total = tasks.total(value)
+    assert pool.map(tasks.overwrite, [value] * 3, 1) == [(True, 9 * total)] * 3
+    assert pool.apply(lambda array: tasks.overwrite(array), (value,)) == (True, 9 * total)
+    assert pool.apply(lambda: value.flags.writeable)
+    for got in (pool.apply(tasks.identity, (value,)), dpool.get(dpool.put(value)), *pool.map(tasks.identity, [value])):
+        assert got.flags.writeable
+    with pytest.raises(TypeError, match="generator"):
+        pool.apply(tasks.identity, ([value, (n for n in range(3))],))
+    assert not value.flags.writeable and tasks.total(value) == total
+
+
 def test_a_result_stays_what_it_is_while_others_come(pool: Pool) -> None:
     kept = pool.map(tasks.make_array, [MB] * 3)
     for number in range(2, 12):

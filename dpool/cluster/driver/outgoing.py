@@ -110,7 +110,8 @@ def _share(batch: Batch, buffers: list[memoryview],
     for index, view in enumerate(buffers):
         ref = None
         if view.nbytes >= SHARE_MIN_BYTES:
-            owner = view.obj
+            owner: Any = view.obj
+            owner = getattr(owner, "array", owner)  # of a read-only one
             place = getattr(owner, "__array_interface__", None)
             key = (place["data"][0] if place is not None else id(owner), view.nbytes)
             known = job.shared.get(key)

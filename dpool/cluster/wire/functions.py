@@ -106,6 +106,8 @@ def by_value_pickler() -> Any:
         return _pickler
     import cloudpickle
 
+    from dpool.cluster.wire.pickling import is_read_only, reduce_writable
+
     def reduce_code(code: types.CodeType) -> Any:
         make, arguments = cloudpickle.cloudpickle._code_reduce(code)
         return make, tuple(code.co_filename if type(argument) is str and argument == "<dynamic-code>" else argument
@@ -118,6 +120,8 @@ def by_value_pickler() -> Any:
                                   ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
 
         def reducer_override(self, obj: Any) -> Any:
+            if is_read_only(obj):
+                return reduce_writable(obj)
             reduced = super().reducer_override(obj)
             if isinstance(obj, type) and obj.__module__ == "__main__" and isinstance(reduced, tuple):
                 state = reduced[2], obj.__qualname__, _outermost(obj)

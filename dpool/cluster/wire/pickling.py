@@ -166,10 +166,41 @@ def dumps(value: Any, buffers: list[memoryview] | None = None, by_value: bool = 
     return data
 
 
-def _collector(buffers: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:
-    """For pickle: what puts large buffers there, and leaves small ones in the pickle."""
+def is_read_only(value: Any) -> bool:
+    """Whether a value is an array that pickle would rebuild read-only."""
+    kind = type(value)
+    return kind.__name__ == "ndarray" and kind.__module__ == "numpy" and not value.flags.writeable
+
+
+def reduce_writable(array: Any) -> Any:
+    """The reduction of a read-only array, whose buffer does not say that it is: it arrives writable, as it always did
+    with multiprocessing, where tasks work in place."""
+    reduced = array.__reduce_ex__(PROTOCOL)
+    if not (type(reduced) is tuple and reduced[1] and type(reduced[1][0]) is pickle.PickleBuffer):
+        return reduced
+    import ctypes
+
+    # The same memory, of which pickle reads only.
+    memory: Any = (ctypes.c_char * array.nbytes).from_address(array.__array_interface__["data"][0])
+    memory.array = array
+    return (reduced[0], (pickle.PickleBuffer(memory), *reduced[1][1:]), *reduced[2:])
+
+
+class _ReadOnly(Exception):
+    """There is a read-only array in what is pickled."""
+
+
+class _WritablePickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        return reduce_writable(obj) if is_read_only(obj) else NotImplemented
+
+
+def _collector(buffers: list[memoryview], refuse: bool = False) -> Callable[[pickle.PickleBuffer], bool]:
+    """For pickle: what puts large buffers there, and leaves small ones in the pickle. `refuse`: raises _ReadOnly."""
     def beside(buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
+        if refuse and view.readonly and is_read_only(view.obj):
+            raise _ReadOnly
         if view.nbytes < OUT_OF_BAND_MIN_BYTES:
             return True
         buffers.append(view)
@@ -178,40 +209,50 @@ def _collector(buffers: list[memoryview]) -> Callable[[pickle.PickleBuffer], boo
     return beside
 
 
-def _dumps(value: Any, buffers: list[memoryview] | None, by_value: bool) -> bytes:
+def _dumps(value: Any, buffers: list[memoryview] | None, by_value: bool, writable: bool = False) -> bytes:
+    """`writable`: there are read-only arrays, and a slower pickler is needed for them."""
     start = len(buffers) if buffers is not None else 0
-    callback = None if buffers is None else _collector(buffers)
+    callback = None if buffers is None else _collector(buffers, not writable)
     extra = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
     try:
-        if len(extra) == _plain_reducers or _only_plain(extra):
-            # Most values; nobody has registered reductions of their own with multiprocessing.
-            data = pickle.dumps(_lift(value), PROTOCOL, buffer_callback=callback)
-            if _CONNECTION not in data:
-                return data
-            # Plain pickle has written down the number of a descriptor, which means nothing elsewhere.
-            if buffers is not None:
-                del buffers[start:]
-        return _forking_dumps(value, callback)
-    except Exception as first:
-        if buffers is not None:
-            del buffers[start:]
         try:
-            return _forking_dumps(value, callback)
-        except Exception:
+            if not writable and (len(extra) == _plain_reducers or _only_plain(extra)):
+                # Most values; nobody has registered reductions of their own with multiprocessing.
+                data = pickle.dumps(_lift(value), PROTOCOL, buffer_callback=callback)
+                if _CONNECTION not in data:
+                    return data
+                # Plain pickle has written down the number of a descriptor, which means nothing elsewhere.
+                if buffers is not None:
+                    del buffers[start:]
+            return _forking_dumps(value, callback, writable)
+        except _ReadOnly:
+            raise
+        except Exception as first:
             if buffers is not None:
                 del buffers[start:]
-        if by_value:
             try:
-                return dumps_by_value(value, callback)
+                return _forking_dumps(value, callback, writable)
+            except _ReadOnly:
+                raise
             except Exception:
                 if buffers is not None:
                     del buffers[start:]
-        raise first
+            if by_value:
+                try:
+                    return dumps_by_value(value, None if buffers is None else _collector(buffers))
+                except Exception:
+                    if buffers is not None:
+                        del buffers[start:]
+            raise first
+    except _ReadOnly:
+        assert buffers is not None
+        del buffers[start:]
+    return _dumps(value, buffers, by_value, True)
 
 
-def _forking_dumps(value: Any, callback: Any) -> bytes:
+def _forking_dumps(value: Any, callback: Any, writable: bool) -> bytes:
     out = io.BytesIO()
-    pickler = pickle.Pickler(out, PROTOCOL, buffer_callback=callback)
+    pickler = (_WritablePickler if writable else pickle.Pickler)(out, PROTOCOL, buffer_callback=callback)
     pickler.dispatch_table = {**copyreg.dispatch_table, **ForkingPickler._extra_reducers}  # type: ignore[attr-defined]
     pickler.dump(_lift(value))
     return out.getvalue()
