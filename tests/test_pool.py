@@ -125,6 +125,16 @@ def test_local_classes_may_be_raised_and_caught(pool: Pool) -> None:
     assert f'File "{__file__}", line' in str(caught.value.__cause__) and "1 // 0" in str(caught.value.__cause__)
 
 
+def test_apply_calls_an_apply_async_of_one_s_own() -> None:
+    """A well-known recipe: a pool that wraps every function, to log what it raises."""
+    class Doubling(Pool):
+        def apply_async(self, func: Any, args: Any = (), kwds: Any = {}, *callbacks: Any) -> Any:  # noqa: B006
+            return super().apply_async(lambda *values: func(*values) * 2, args, kwds, *callbacks)
+
+    with Doubling(1) as pool:
+        assert pool.apply(deeds.double, (1,)) == 4 == pool.apply_async(deeds.double, (1,)).get()
+
+
 # -- results
 
 

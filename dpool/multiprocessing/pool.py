@@ -124,6 +124,9 @@ class Pool(_stdlib.Pool):
     def apply(self, func: Callable[..., Any], args: Iterable[Any] = (),
               kwds: Mapping[str, Any] = {}) -> Any:  # noqa: B006
         """`func(*args, **kwds)` in a worker; waits for it. Raises what it raises."""
+        if "apply_async" in self.__dict__ or type(self).apply_async is not Pool.apply_async:
+            # The standard library's apply() calls it, and who has put one of their own there counts on that.
+            return self.apply_async(func, args, kwds).get()
         if self._state != RUN:
             raise ValueError("Pool not running")
         result = ApplyResult(self, None, None)
