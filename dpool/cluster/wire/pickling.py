@@ -191,6 +191,8 @@ class _ReadOnly(Exception):
 
 
 class _WritablePickler(pickle.Pickler):
+    """Slower: it asks about each object."""
+
     def reducer_override(self, obj: Any) -> Any:
         return reduce_writable(obj) if is_read_only(obj) else NotImplemented
 
@@ -209,50 +211,44 @@ def _collector(buffers: list[memoryview], refuse: bool = False) -> Callable[[pic
     return beside
 
 
-def _dumps(value: Any, buffers: list[memoryview] | None, by_value: bool, writable: bool = False) -> bytes:
-    """`writable`: there are read-only arrays, and a slower pickler is needed for them."""
+def _dumps(value: Any, buffers: list[memoryview] | None, by_value: bool) -> bytes:
     start = len(buffers) if buffers is not None else 0
-    callback = None if buffers is None else _collector(buffers, not writable)
+    callback = None if buffers is None else _collector(buffers)
     extra = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
     try:
-        try:
-            if not writable and (len(extra) == _plain_reducers or _only_plain(extra)):
-                # Most values; nobody has registered reductions of their own with multiprocessing.
-                data = pickle.dumps(_lift(value), PROTOCOL, buffer_callback=callback)
+        if len(extra) == _plain_reducers or _only_plain(extra):
+            # Most values; nobody has registered reductions of their own with multiprocessing.
+            try:
+                refusing = None if buffers is None else _collector(buffers, refuse=True)
+                data = pickle.dumps(_lift(value), PROTOCOL, buffer_callback=refusing)
                 if _CONNECTION not in data:
                     return data
                 # Plain pickle has written down the number of a descriptor, which means nothing elsewhere.
-                if buffers is not None:
-                    del buffers[start:]
-            return _forking_dumps(value, callback, writable)
-        except _ReadOnly:
-            raise
-        except Exception as first:
+            except _ReadOnly:
+                pass
             if buffers is not None:
                 del buffers[start:]
+        return _forking_dumps(value, callback)
+    except Exception as first:
+        if buffers is not None:
+            del buffers[start:]
+        try:
+            return _forking_dumps(value, callback)
+        except Exception:
+            if buffers is not None:
+                del buffers[start:]
+        if by_value:
             try:
-                return _forking_dumps(value, callback, writable)
-            except _ReadOnly:
-                raise
+                return dumps_by_value(value, callback)
             except Exception:
                 if buffers is not None:
                     del buffers[start:]
-            if by_value:
-                try:
-                    return dumps_by_value(value, None if buffers is None else _collector(buffers))
-                except Exception:
-                    if buffers is not None:
-                        del buffers[start:]
-            raise first
-    except _ReadOnly:
-        assert buffers is not None
-        del buffers[start:]
-    return _dumps(value, buffers, by_value, True)
+        raise first
 
 
-def _forking_dumps(value: Any, callback: Any, writable: bool) -> bytes:
+def _forking_dumps(value: Any, callback: Any) -> bytes:
     out = io.BytesIO()
-    pickler = (_WritablePickler if writable else pickle.Pickler)(out, PROTOCOL, buffer_callback=callback)
+    pickler = _WritablePickler(out, PROTOCOL, buffer_callback=callback)
     pickler.dispatch_table = {**copyreg.dispatch_table, **ForkingPickler._extra_reducers}  # type: ignore[attr-defined]
     pickler.dump(_lift(value))
     return out.getvalue()
