@@ -26,6 +26,9 @@ PROTOCOL = 5
 # save a copy.
 OUT_OF_BAND_MIN_BYTES = 64 * 1024
 
+# Buffers up to this size in all are copied, to be sent with others. Larger: fewer messages. Smaller: less is copied.
+COPY_MAX_BYTES = 1 << 20
+
 # Values of exactly these types cannot fail to pickle or to unpickle, so a whole list of them may share one pickle.
 ATOMS = frozenset((int, float, complex, bool, str, type(None)))
 
@@ -65,15 +68,18 @@ class Packed:
 
 
 class Pickled:
-    """A value as it was: pickled before whoever has it changes it, with the refs that go along if there are any."""
+    """A value as it was: pickled before whoever has it changes it, with the refs that go along if there are any. If it
+    `hurries`, its buffers are the value's own, and it is to be sent before that."""
 
-    __slots__ = ("data", "buffers", "sending")
+    __slots__ = ("data", "buffers", "hurries", "sending")
 
     def __init__(self, value: Any, sending: Any = None) -> None:
         beside: list[memoryview] = []
         self.data = dumps(value, beside)
-        # Nobody can change bytes.
-        self.buffers = beside and [view if type(view.obj) is bytes else memoryview(bytes(view)) for view in beside]
+        self.hurries = bool(beside) and sum(view.nbytes for view in beside) > COPY_MAX_BYTES
+        self.buffers = beside
+        if beside and not self.hurries:  # nobody can change bytes
+            self.buffers = [view if type(view.obj) is bytes else memoryview(bytes(view)) for view in beside]
         self.sending = sending
 
 

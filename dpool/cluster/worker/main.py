@@ -276,6 +276,8 @@ class Worker:
                             and perf_counter_ns() - reported_at <= REPORT_EVERY_NS):
                         try:
                             value = _as_it_is(value)
+                            if value.hurries:
+                                reported_at = 0  # it is sent before the next task begins
                         except KeyboardInterrupt:
                             raise
                         except BaseException as error:
