@@ -17,6 +17,10 @@ def noop(x: Any) -> Any:
     return x
 
 
+def listed(x: Any) -> list[Any]:
+    return [x]
+
+
 def sleep_1ms(x: int) -> int:
     time.sleep(0.001)
     return x

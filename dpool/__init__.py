@@ -47,9 +47,10 @@ def __getattr__(name: str) -> Any:
     module = _names.get(name)
     if module is None:
         raise AttributeError(f"module 'dpool' has no attribute {name!r}")
-    import importlib
+    import sys
 
-    value = getattr(importlib.import_module(module), name)
+    __import__(module)  # importlib would be three modules more, in every driver
+    value = getattr(sys.modules[module], name)
     globals()[name] = value
     return value
 

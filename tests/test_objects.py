@@ -8,8 +8,10 @@ from __future__ import annotations
 import array
 import asyncio
 import copy
+import ctypes
 import functools
 import gc
+import operator
 import os
 import pickle
 from collections.abc import Iterator
@@ -502,6 +504,21 @@ def test_read_only_arrays_arrive_writable(pool: Pool, size: int) -> None:
     with pytest.raises(TypeError, match="generator"):
         pool.apply(tasks.identity, ([value, (n for n in range(3))],))
     assert not value.flags.writeable and tasks.total(value) == total
+
+
+class Frame(ctypes.c_char * MB):  # type: ignore[misc]
+    """A buffer of its own, and an attribute that it has in common with others."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return bytearray, (pickle.PickleBuffer(self),)
+
+
+def test_buffers_are_told_apart_whatever_attributes_their_owners_have(pool: Pool) -> None:
+    frames = [Frame(), Frame(), Frame()]
+    for number, frame in enumerate(frames):
+        frame.array = frames[0]
+        frame[0] = bytes([number])
+    assert pool.map(operator.itemgetter(0), frames, 1) == [0, 1, 2]
 
 
 def test_a_result_stays_what_it_is_while_others_come(pool: Pool) -> None:

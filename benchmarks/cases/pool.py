@@ -6,6 +6,7 @@ It never measures start-up or large values (start.py, large.py). Loaded by the r
 from __future__ import annotations
 
 import os
+import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -22,12 +23,39 @@ A_TASK = Metric("us", "a task", "µs")
     "pool.apply",
     "apply, one round trip",
     Metric("us", "a call", "µs"),
+    Metric("of_bare", "of a byte there and back", "times", ratio=False),
     targets=POOLS,
     bars=(Bar("us", 0.5),),
 )
 def apply_round_trip(target: str, quick: bool) -> Sample:
+    bare_us = bare_round_trip_us(quick)  # with no thread here yet
     with open_pool(target) as pool:
-        return {"us": round_trip_us(lambda: pool.apply(tasks.noop, 1), quick)}
+        took_us = round_trip_us(lambda: pool.apply(tasks.noop, 1), quick)
+        return {"us": took_us, "of_bare": took_us / bare_us}
+
+
+def bare_round_trip_us(quick: bool) -> float:
+    """What two processes take that send each other a byte: what waking a process costs this machine, now."""
+    near, far = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            near.close()
+            while byte := far.recv(1):
+                far.send(byte)
+        finally:
+            os._exit(0)
+    far.close()
+
+    def there_and_back() -> bytes:
+        near.send(b"1")
+        return near.recv(1)
+
+    try:
+        return round_trip_us(there_and_back, quick)
+    finally:
+        near.close()
+        os.waitpid(pid, 0)
 
 
 @case("pool.apply_async", "10k apply_async, then every get", A_TASK, targets=POOLS, bars=(Bar("us", 0.2),))
@@ -44,6 +72,15 @@ def map_one_by_one(target: str, quick: bool) -> Sample:
     with open_pool(target) as pool:
         expect(list(range(200)), pool.map(tasks.noop, range(200), 1))
         return {"us": seconds(lambda: pool.map(tasks.noop, range(count), 1), quick) / count * 1e6}
+
+
+@case("pool.map_lists", "the same, and each gives a list", A_TASK, targets=POOLS, bars=(Bar("us", 0.2),))
+def map_lists_one_by_one(target: str, quick: bool) -> Sample:
+    """A result that can change is pickled before the next task begins."""
+    count = 4_000 if quick else 20_000
+    with open_pool(target) as pool:
+        expect([[i] for i in range(200)], pool.map(tasks.listed, range(200), 1))
+        return {"us": seconds(lambda: pool.map(tasks.listed, range(count), 1), quick) / count * 1e6}
 
 
 @case("pool.unordered", "imap_unordered of 20k, chunksize=1", A_TASK, targets=POOLS, bars=(Bar("us", 0.25),))

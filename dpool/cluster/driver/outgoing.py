@@ -110,8 +110,7 @@ def _share(batch: Batch, buffers: list[memoryview],
     for index, view in enumerate(buffers):
         ref = None
         if view.nbytes >= SHARE_MIN_BYTES:
-            owner: Any = view.obj
-            owner = getattr(owner, "array", owner)  # of a read-only one
+            owner = pickling.read_only_owner(view.obj)
             place = getattr(owner, "__array_interface__", None)
             key = (place["data"][0] if place is not None else id(owner), view.nbytes)
             known = job.shared.get(key)

@@ -188,8 +188,13 @@ def reduce_writable(array: Any) -> Any:
 
     # The same memory, of which pickle reads only.
     memory: Any = (ctypes.c_char * array.nbytes).from_address(array.__array_interface__["data"][0])
-    memory.array = array
+    memory._dpool_read_only = array
     return (reduced[0], (pickle.PickleBuffer(memory), *reduced[1][1:]), *reduced[2:])
+
+
+def read_only_owner(owner: Any) -> Any:
+    """The array of a buffer of reduce_writable()'s; of any other buffer, its owner itself."""
+    return getattr(owner, "_dpool_read_only", owner)
 
 
 class _ReadOnly(Exception):
