@@ -115,20 +115,21 @@ class Stored:
         self.inherited = 0  # handles among `refs` that this process has from its parent: they hold nothing
 
 
-class _Lock:
-    """A lock whose holder, when it lets go, sees to the notes that others left meanwhile."""
+class _Afterwards:
+    """Behind a block that has held the lock, the notes that others left meanwhile are seen to.
 
-    __slots__ = ("lock", "_store")
+    The lock itself is taken and let go by the `with` statement alone: a Ctrl-C cannot come between.
+    """
+
+    __slots__ = ("_store",)
 
     def __init__(self, store: Store) -> None:
-        self.lock = threading.Lock()
         self._store = store
 
     def __enter__(self) -> None:
-        self.lock.acquire()
+        pass
 
     def __exit__(self, *_: object) -> None:
-        self.lock.release()
         if self._store._notes:
             self._store._heed()
 
@@ -139,7 +140,8 @@ class Store:
     def __init__(self, limit: int, spill_dir: str) -> None:
         # Guards all that follows. Finalizers never take it: they may run in a thread that holds it, so they leave a
         # note in _notes, which whoever has the lock works off.
-        self._lock = _Lock(self)
+        self._lock: Any = threading.RLock()  # for it can say whose it is
+        self._after = _Afterwards(self)
         self._notes: collections.deque[Callable[[], None]] = collections.deque()
         self.ledger = Ledger(limit, 0)  # nothing is kept warm before there is a use for it
         self.spill_dir = spill_dir
@@ -150,7 +152,7 @@ class Store:
 
     def configure(self, limit: int | None = None, spill_dir: str | None = None) -> None:
         """Change the limit, in bytes, or the directory. What is already held stays."""
-        with self._lock:
+        with self._after, self._lock:
             if limit is not None:
                 self.ledger.limit = limit
                 self._set_warm_limit()
@@ -159,13 +161,13 @@ class Store:
 
     def attach(self) -> None:
         """A worker group begins to use this store: segments are kept warm from now on."""
-        with self._lock:
+        with self._after, self._lock:
             self._groups += 1
             self._set_warm_limit()
 
     def detach(self) -> None:
         """A worker group has ended; with the last one all warm segments go back to the kernel."""
-        with self._lock:
+        with self._after, self._lock:
             self._work_off()
             self._groups -= 1
             if not self._groups:
@@ -188,7 +190,7 @@ class Store:
         while True:
             time.sleep(TIDY_EVERY_S)
             self.tidy()
-            with self._lock:
+            with self._after, self._lock:
                 if not self.ledger.warm or self._groups:
                     self._tidier = None
                     self._set_warm_limit()
@@ -207,38 +209,38 @@ class Store:
 
         Raises ObjectStoreFull, or the OSError of a machine without memory.
         """
-        with self._lock:
+        with self._after, self._lock:
             self._work_off()
             number, segment, warm = self._room(segments.needed(parts))
             self.ledger.lend(number, holder)
         try:
             return segment.descriptor, segments.head(number) + segment.write(parts, warm)
         except BaseException:
-            with self._lock:
+            with self._after, self._lock:
                 self._forsake(number)
             raise
 
     def pass_on(self, holder: Hashable, new_holder: Hashable) -> None:
         """A batch has ended; what it was sent may still be looked at by the worker that ran it."""
-        with self._lock:
+        with self._after, self._lock:
             self.ledger.pass_on(holder, new_holder)
 
     def released(self, numbers: Sequence[int]) -> None:
         """Nobody looks at these segments any more: they may be used again."""
-        with self._lock:
+        with self._after, self._lock:
             for number in numbers:
                 self._seen_no_more(number)
             self._work_off()
 
     def unsent(self, holder: Hashable) -> None:
         """What `holder` was to get was never sent."""
-        with self._lock:
+        with self._after, self._lock:
             for number in self.ledger.lent_to(holder):
                 self._retire(number)
 
     def lost(self, holder: Hashable) -> None:
         """Nobody knows who looks at what `holder` had: give it back; the kernel keeps it for those who do."""
-        with self._lock:
+        with self._after, self._lock:
             for number in self.ledger.lent_to(holder):
                 self._forsake(number)
 
@@ -246,7 +248,7 @@ class Store:
         """Map a segment that another process made for this one, and take its descriptor over: once the last view has
         died, the segment is used again."""
         size = os.fstat(descriptor).st_size
-        with self._lock:
+        with self._after, self._lock:
             self._work_off()
             number = self.ledger.adopt(size, time.monotonic())
             self._segments[number] = Segment(size, descriptor)
@@ -255,7 +257,7 @@ class Store:
     def spare(self, nbytes: int, holder: Hashable) -> tuple[int, int] | None:
         """A warm segment for `holder` to write results of `nbytes` into, if there is one: its number, and its
         descriptor, which stays the store's."""
-        with self._lock:
+        with self._after, self._lock:
             self._work_off()
             number = self.ledger.spare(nbytes, holder)
             return None if number is None else (number, self._segments[number].descriptor)
@@ -263,7 +265,7 @@ class Store:
     def arrived(self, table: bytes | memoryview) -> list[memoryview]:
         """Map a spare that came back with results in it. Once the last view has died it is used again."""
         (number,) = segments.HEAD.unpack_from(table)
-        with self._lock:
+        with self._after, self._lock:
             self.ledger.arrived(number)
             descriptor = self._segments[number].descriptor
         return self._look_at(number, descriptor, table)
@@ -298,7 +300,7 @@ class Store:
         Raises ObjectStoreFull or OSError.
         """
         nbytes = segments.needed(parts)
-        with self._lock:
+        with self._after, self._lock:
             self._work_off()
             number, segment, warm = self._room(nbytes)
             try:
@@ -317,7 +319,7 @@ class Store:
     def take_over(self, key: bytes, nbytes: int, table: bytes, descriptor: int) -> Stored:
         """One handle for an object of another process's store, whose descriptor came with a message. It counts there.
         """
-        with self._lock:
+        with self._after, self._lock:
             self._work_off()
             stored = self.objects.get(key)
             if stored is None:
@@ -331,7 +333,7 @@ class Store:
 
     def hold(self, key: bytes) -> Stored:
         """One handle more for an object. Raises ObjectLost if this process has none of it."""
-        with self._lock:
+        with self._after, self._lock:
             stored = self.objects.get(key)
             if stored is None:
                 raise ObjectLost(f"object {key.hex()} is not in this process's store")
@@ -340,7 +342,7 @@ class Store:
 
     def open(self, stored: Stored) -> list[memoryview]:
         """Map an object copy-on-write, from disk if need be: the parts that were put."""
-        with self._lock:
+        with self._after, self._lock:
             self._work_off()
             try:
                 segment = self._present(stored)
@@ -372,7 +374,7 @@ class Store:
     def share(self, stored: Stored) -> int:
         """A descriptor of the object to send to another process, for the caller to close: the store may spill it
         meanwhile."""
-        with self._lock:
+        with self._after, self._lock:
             segment = self._present(stored)
             if stored.owned:
                 self.ledger.share(stored.key, time.monotonic())
@@ -498,11 +500,15 @@ class Store:
 
     def _heed(self) -> None:
         """Work off the notes, unless somebody has the lock, who will look again after letting go of it."""
-        lock = self._lock.lock
-        while self._notes and lock.acquire(blocking=False):
-            try:
+        lock = self._lock
+        if lock._is_owned():  # by what this thread was about when it came here
+            return
+        try:
+            while self._notes and lock.acquire(blocking=False):
                 self._work_off()
-            finally:
+                lock.release()
+        finally:
+            if lock._is_owned():  # something was raised: by a note, or by a Ctrl-C anywhere here
                 lock.release()
 
     def _work_off(self) -> None:
@@ -516,13 +522,13 @@ class Store:
 
     def tidy(self) -> None:
         """Give warm segments back that nobody took for a while; all of them when the machine is short of memory."""
-        with self._lock:
+        with self._after, self._lock:
             self._work_off()
             self._give_back(self.ledger.cool(float("inf") if _memory_is_short() else time.monotonic()))
 
     def summary(self) -> dict[str, Any]:
         """What is held, in bytes: see dpool.memory_summary()."""
-        with self._lock:
+        with self._after, self._lock:
             self._work_off()
             states: dict[str, int] = {}
             for books in self.ledger.segments.values():
