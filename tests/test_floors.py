@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = {"dpool", "engine", "errors", "batching", "resources", "culprits"}  # `dpool` itself: the version number
 WIRE = BASE | {"cluster.wire"}
 STORE = WIRE | {"cluster.store"}
-DOOR = BASE | {"session"}
+DOOR = BASE | {"session", "waiting"}
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "batching": set(),
     "resources": set(),
     "engine": {"errors"},
     "noticing": set(),
+    "waiting": set(),
     "culprits": set(),
     "replacing": {"noticing"},  # what it puts in for the names it takes from a table, when their modules are imported
     "cluster": set(),
@@ -32,7 +33,7 @@ FLOORS: dict[str, set[str]] = {
     "cluster.wire": WIRE,
     "cluster.store": STORE,
     "cluster.worker": STORE | {"replacing"},
-    "cluster.node": STORE | {"cluster.worker", "cluster.suspects"},
+    "cluster.node": STORE | {"cluster.worker", "cluster.suspects", "waiting"},
     "cluster.driver": STORE | {"cluster.suspects"},
     "cluster.head": WIRE,
     "cluster.launch": WIRE | {"cluster.head", "cluster.node"},

@@ -463,12 +463,12 @@ class Lease:
             if self._over:
                 return
             self._over = True
-            running = [task for task in self._running if task.job is not None]
+            running = list(self._running)
         self._callbacks.put(None)
         lent = self._warm
         if lent is not None:
             for task in running:
-                if lent.group.cancel(task.job):
+                if task.job is not None and lent.group.cancel(task.job):
                     with self._lock:
                         self._running.discard(task)
             with self._lock:

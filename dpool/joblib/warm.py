@@ -11,7 +11,7 @@ import threading
 import time
 from multiprocessing import util
 
-from dpool import session
+from dpool import session, waiting
 from dpool.resources import Lacking
 
 TYPE_CHECKING = False
@@ -51,7 +51,7 @@ class Shelf:
 
     def __init__(self) -> None:
         # Guards the collections. Held for bookkeeping only, never while a group is opened or ended.
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = waiting.Condition()
         self._idle: list[Warm] = []  # the longest idle first
         self._draining: list[Warm] = []
         self._lent: set[Warm] = set()
@@ -73,12 +73,12 @@ class Shelf:
         raises."""
         engine = session.current()
         with self._changed:
-            for warm in reversed(self._idle):
-                if warm.key == key and warm.engine is engine:
-                    self._idle.remove(warm)
-                    self._lent.add(warm)
-                    warm.idle_timeout_s = idle_timeout_s
-                    return warm
+            warm = self._find(key, engine)
+            if warm is not None:
+                self._idle.remove(warm)
+                self._lent.add(warm)
+                warm.idle_timeout_s = idle_timeout_s
+                return warm
             if self._at_exit is None:
                 # Before multiprocessing's own, which ends all children one by one.
                 self._at_exit = util.Finalize(None, self.clear, exitpriority=20)
@@ -94,6 +94,12 @@ class Shelf:
         with self._changed:
             self._lent.add(warm)
         return warm
+
+    def _find(self, key: tuple[Any, ...], engine: Any) -> Warm | None:
+        for warm in reversed(self._idle):
+            if warm.key == key and warm.engine is engine:
+                return warm
+        return None
 
     def _end_idle(self) -> bool:
         """End the groups that wait for a call, and wait for their end; whether there were any."""
@@ -171,11 +177,12 @@ class Shelf:
         """End every group of this process, and wait until its workers have ended, EXIT_TIMEOUT_S at most for each."""
         with self._changed:
             janitor = self._janitor
-            groups = [warm.group for warm in (*self._idle, *self._draining, *self._lent) if warm.pid == os.getpid()]
+            every = [*self._idle, *self._draining, *self._lent]
             self._idle.clear()
             self._draining.clear()
             self._lent.clear()
             self._changed.notify()
+        groups = [warm.group for warm in every if warm.pid == os.getpid()]
         for group in groups:
             group.terminate()
         for group in groups:

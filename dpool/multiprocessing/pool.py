@@ -25,7 +25,7 @@ from multiprocessing.pool import (  # type: ignore[attr-defined]
     starmapstar,
 )
 
-from dpool import session
+from dpool import session, waiting
 from dpool.engine import (
     ABANDONED,
     MAP,
@@ -202,8 +202,13 @@ class Pool(_stdlib.Pool):
             result._set_length(-(-len(items) // chunksize))  # type: ignore[arg-type]
         else:
             stream = self._group.open_stream(func, mode, result, as_pushed=True)
-            threading.Thread(target=_feed, args=(stream, iterable, chunksize, result), name="dpool-imap",
-                             daemon=True).start()
+            feeder = threading.Thread(target=_feed, args=(stream, iterable, chunksize, result), name="dpool-imap",
+                                      daemon=True)
+            try:
+                feeder.start()
+            except BaseException:  # a Ctrl-C, or there can be no more threads
+                stream.seal()  # or the group would wait for more
+                raise
         if chunksize == 1:
             return result
         return (item for chunk in result for item in chunk)
@@ -278,11 +283,8 @@ class ApplyResult(_stdlib.ApplyResult):  # type: ignore[type-arg]
                     waiter.acquire()
             # The setter sets _done before it looks for a waiter, so one of the two sees the other.
             if not self._done:
-                if timeout is None:
-                    waiter.acquire()
-                elif not waiter.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX)):
-                    return
-                waiter.release()  # for the next who waits
+                if waiting.acquire(waiter, timeout):
+                    waiter.release()  # for the next who waits
 
     def get(self, timeout: float | None = None) -> Any:
         """The value, waiting up to `timeout` seconds for it. Raises what the call raised, or TimeoutError."""
@@ -401,7 +403,7 @@ class IMapIterator(_stdlib.IMapIterator):  # type: ignore[type-arg]
 
     def __init__(self, pool: Pool) -> None:
         self._pool: Pool | None = pool
-        self._cond = threading.Condition(threading.Lock())
+        self._cond = waiting.Condition()
         self._job = next(_job_numbers)
         self._cache = pool._cache
         self._items: collections.deque[Any] = collections.deque()
@@ -434,8 +436,10 @@ class IMapIterator(_stdlib.IMapIterator):  # type: ignore[type-arg]
 
     def _wait(self, timeout: float | None) -> Any:
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._cond:
-            while not self._items:
+        while True:
+            with self._cond:
+                if self._items:
+                    return self._items.popleft()
                 if self._length is not None and self._index >= self._length:
                     self._pool = None
                     raise StopIteration from None
@@ -443,7 +447,6 @@ class IMapIterator(_stdlib.IMapIterator):  # type: ignore[type-arg]
                 if left is not None and left <= 0:
                     raise TimeoutError from None
                 self._cond.wait(left)
-            return self._items.popleft()
 
     def _queue(self, first: int, items: Sequence[Any]) -> None:
         """Hold results until those before them are there. Called with the condition held."""

@@ -218,6 +218,8 @@ class Group:
             raise
         except BaseException:
             self._put_back()
+            if job.open:
+                self._seal(job)  # its items will never come
             raise
 
     # -- sending

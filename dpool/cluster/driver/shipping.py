@@ -68,16 +68,19 @@ class Shipping:
     def demand(self, nodes: list[Node], workers: int) -> None:
         """So many workers are needed, of all nodes together."""
         with self._lock:
-            shares = dict.fromkeys(nodes, 0)
-            while workers and any(shares[node] < node.workers for node in nodes):
-                for node in nodes:
-                    if workers and shares[node] < node.workers:
-                        shares[node] += 1
-                        workers -= 1
-            for node, share in shares.items():
-                if share > node.demanded:
-                    node.demanded = share
-                    self._put(node, messages.Demand(share))
+            self._demand(nodes, workers)
+
+    def _demand(self, nodes: list[Node], workers: int) -> None:
+        shares = dict.fromkeys(nodes, 0)
+        while workers and any(shares[node] < node.workers for node in nodes):
+            for node in nodes:
+                if workers and shares[node] < node.workers:
+                    shares[node] += 1
+                    workers -= 1
+        for node, share in shares.items():
+            if share > node.demanded:
+                node.demanded = share
+                self._put(node, messages.Demand(share))
 
     def steal(self, batch: int) -> None:
         """Ask for the unbegun tasks of a batch."""

@@ -32,6 +32,7 @@ from dpool.cluster.wire.events import DEATH, MESSAGE
 from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, TRACE_BYTES, Handle, page_bytes, trace_offset
 from dpool.cluster.worker.main import worker_main
 from dpool.cluster.worker.setup import Initializer, Setup
+from dpool.waiting import LOOK_EVERY_S
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -274,7 +275,7 @@ class Workers:
         """The next message, left where it is, without its descriptors; None if none has come when follow() is called or
         `timeout` seconds have passed. For one thread at a time."""
         if timeout != 0:
-            ready = self._alone.poll(None if timeout is None else max(math.ceil(timeout * 1000), 0))
+            ready = self._wait_alone(timeout)
             if not ready or ready[0][0] != self._results_fd:
                 return None
         try:
@@ -282,6 +283,15 @@ class Workers:
         except OSError:  # somebody else was faster; or it is closed
             return None
         return self._alone_view[:size]
+
+    def _wait_alone(self, timeout: float | None) -> list[tuple[int, int]]:
+        if timeout is None:
+            timeout = math.inf
+        while True:
+            ready = self._alone.poll(math.ceil(min(timeout, LOOK_EVERY_S) * 1000))
+            timeout -= LOOK_EVERY_S
+            if ready or timeout <= 0:
+                return ready  # type: ignore[no-any-return]
 
     def consume(self) -> None:
         """Take the message that peek() has returned."""
@@ -337,7 +347,10 @@ class Workers:
         with self._lock:
             for pidfd, its in self._pidfds.items():
                 if its == slot:
-                    signal.pidfd_send_signal(pidfd, number)
+                    try:
+                        signal.pidfd_send_signal(pidfd, number)
+                    except OSError:
+                        pass  # it has ended already
 
     def signal_all(self, number: int) -> None:
         """Send a signal to every living worker, by pidfd, so that it reaches no stranger."""
@@ -399,7 +412,7 @@ class Workers:
         asked to send what it has finished, too."""
         slot = self.claimed().get(number)
         if slot is not None and self.page[slot * SLOT_WORDS + TASK]:
-            self._signal(slot, signal.SIGURG)
+            self.signal(slot, signal.SIGURG)
         claims = self._claims.get(slot) if slot is not None else None
         if slot is None or claims is None:
             return 0
@@ -414,17 +427,8 @@ class Workers:
         slots = {claimed[batch] for batch, index in tasks
                  if batch in claimed and self.page[claimed[batch] * SLOT_WORDS + TASK] == index}
         for slot in slots:
-            self._signal(slot, signal.SIGKILL)
+            self.signal(slot, signal.SIGKILL)
         return slots
-
-    def _signal(self, slot: int, number: int) -> None:
-        with self._lock:
-            for pidfd, of in self._pidfds.items():
-                if of == slot:
-                    try:
-                        signal.pidfd_send_signal(pidfd, number)
-                    except OSError:
-                        pass  # it has ended already
 
     # -- the end
 

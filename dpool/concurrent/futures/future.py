@@ -12,6 +12,7 @@ import time
 from concurrent.futures import _base
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING, InvalidStateError
 
+from dpool import waiting
 from dpool.concurrent.futures.failures import to_exception
 from dpool.engine import Failure
 
@@ -44,7 +45,7 @@ class Future(_base.Future):  # type: ignore[type-arg]
 
     @property
     def _condition(self) -> Any:  # type: ignore[override]
-        return self._made or self.__dict__.setdefault("_made", threading.Condition())
+        return self._made or self.__dict__.setdefault("_made", waiting.Condition())
 
     def set_running_or_notify_cancel(self) -> bool:
         """See concurrent.futures.Future."""

@@ -6,11 +6,11 @@ Knows a group's jobs and no executor. Made by process.py; the group's I/O thread
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections import deque
 from concurrent.futures._base import CancelledError
 
+from dpool import waiting
 from dpool.concurrent.futures.failures import REFUSALS, to_exception
 from dpool.engine import ARGUMENT_LOST, Failure
 
@@ -48,7 +48,7 @@ class MapResults:
     def __init__(self, group: Any) -> None:
         self.group = group
         # Guards all below but `items`, whose ends may be used by one thread each.
-        self.condition = threading.Condition(threading.Lock())
+        self.condition = waiting.Condition()
         self.items: deque[Any] = deque()
         self.expected = 0  # the next task whose result may be queued
         self.arrived = 0  # tasks that have an outcome
@@ -98,8 +98,10 @@ class MapResults:
     def wait(self, deadline: float | None) -> bool:
         """Wait for a result; False if none will come. Raises TimeoutError, and CancelledError where the next one was
         cancelled."""
-        with self.condition:
-            while not self.items:
+        while True:
+            with self.condition:
+                if self.items:
+                    return True
                 if self.expected >= self.total and not self.open:
                     return False
                 if self.dropped and self.arrived + self.dropped >= self.total:
@@ -108,7 +110,6 @@ class MapResults:
                 if left is not None and left <= 0:
                     raise TimeoutError
                 self.condition.wait(left)
-        return True
 
     def close(self) -> None:
         """The iterator is done: nobody takes results any more."""
