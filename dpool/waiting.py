@@ -12,6 +12,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import threading
     from typing import Any
 
 # Python looks for signals before it waits, and the system wakes it for those that come while it does. One in between is
@@ -32,6 +33,16 @@ def acquire(lock: Any, timeout: float | None = None) -> bool:
         if timeout <= 0:
             return False
     return True
+
+
+def join(thread: threading.Thread, timeout: float | None = None) -> bool:
+    """Wait for the end of a thread; False if `timeout` seconds pass first."""
+    if timeout is not None:
+        thread.join(timeout)
+    else:
+        while thread.is_alive():
+            thread.join(LOOK_EVERY_S)
+    return not thread.is_alive()
 
 
 class Condition(_thread.RLock):  # type: ignore[misc]  # it may be inherited from, whatever its stub says

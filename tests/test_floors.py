@@ -34,7 +34,7 @@ FLOORS: dict[str, set[str]] = {
     "cluster.store": STORE,
     "cluster.worker": STORE | {"replacing"},
     "cluster.node": STORE | {"cluster.worker", "cluster.suspects", "waiting"},
-    "cluster.driver": STORE | {"cluster.suspects"},
+    "cluster.driver": STORE | {"cluster.suspects", "waiting"},
     "cluster.head": WIRE,
     "cluster.launch": WIRE | {"cluster.head", "cluster.node"},
     "testing": STORE | {"cluster.driver", "cluster.node", "cluster.worker"},

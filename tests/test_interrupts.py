@@ -173,6 +173,7 @@ def locks_of(code: CodeType, at: int) -> set[int]:
     lambda both, fifo: both.executor.submit(open_and_close, fifo).result(),
     lambda both, fifo: both.executor.submit(open_and_close, fifo).result(PATIENCE_S),
     lambda both, fifo: list(both.executor.map(open_and_close, [fifo])),
+    lambda both, fifo: (both.executor.submit(open_and_close, fifo), both.executor.shutdown()),
 ])
 def test_a_ctrl_c_that_wakes_nobody_is_noticed(wait: Callable[[Both, str], object], both: Both, tmp_path: Any) -> None:
     """A signal that comes between Python's last look for one and the system call that waits: Python knows of it, and
@@ -185,6 +186,8 @@ def test_a_ctrl_c_that_wakes_nobody_is_noticed(wait: Callable[[Both, str], objec
         wait(both, fifo)
     looks.join()
     open(fifo, "w").close()
+    both.executor.shutdown()  # as one of these calls has begun to
+    both.executor = ProcessPoolExecutor(1, mp_context=get_context("fork"))
     both.check()
 
 

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 
-from dpool import engine
+from dpool import engine, waiting
 from dpool.cluster.driver.attending import Attending
 from dpool.cluster.driver.dispatch import LEAVING, LEFT, NODE_LOSSES, TAKEN, Batch, Dispatch, Job
 from dpool.cluster.driver.functions import table
@@ -172,8 +172,7 @@ class Group:
         """Wait until every worker has ended; False if `timeout` seconds pass first, or in the I/O thread itself."""
         if self._thread is threading.current_thread() or self._pid != os.getpid():
             return False
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return waiting.join(self._thread, timeout)
 
     @property
     def processes(self) -> list[Any]:
