@@ -19,6 +19,7 @@ from interrupts import Interrupt, handler_of
 
 import dpool
 from dpool import waiting
+from dpool.cluster.store import store
 from dpool.concurrent.futures import ProcessPoolExecutor
 from dpool.multiprocessing import get_context
 from dpool.multiprocessing.pool import Pool
@@ -73,10 +74,16 @@ class Both:
 
 
 @pytest.fixture
-def both() -> Iterator[Both]:
+def both(monkeypatch: Any, tmp_path: Path) -> Iterator[Both]:
+    """With a store of their own: what is interrupted in the midst of the store's books, after a segment is made and
+    before anybody has it, stays there."""
+    here = store.Store(1 << 30, str(tmp_path))
+    monkeypatch.setattr(store, "_store", here)
     opened = Both()
     yield opened
     opened.end()
+    for segment in list(here._segments.values()):
+        segment.close()
 
 
 CALLS: dict[str, Callable[[Both], object]] = {

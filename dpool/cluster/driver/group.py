@@ -237,9 +237,8 @@ class Group:
                 self._dispatch.left(batch)
             self._suspects.add([batch.number for batch in sent], self._now())
         for batch in unsent:
-            if batch.number in self._lent:
-                self._lent.discard(batch.number)
-                self._store.unsent((self, batch.number))
+            self._lent.discard(batch.number)
+            self._store.unsent((self, batch.number))  # if it was lent anything: that may not have been noted yet
         self.port.wake()
 
     def _next_batch(self) -> Batch | None:
