@@ -218,6 +218,21 @@ def test_flags_of_the_interpreter(flags: list[str], method: str, tmp_path: Path)
     assert run(*flags, str(script), directory=tmp_path) == "[3, 2, 1, 0, 1, 2] 5\n"
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.001])
+def test_sockets_of_a_program_may_have_a_timeout(seconds: float, method: str, tmp_path: Path) -> None:
+    """As in programs that fetch pages; whoever waits for tasks and results has none."""
+    if not seconds and method == "forkserver":
+        pytest.skip("multiprocessing's own client of the server does not do without waiting")
+    text = (f"import socket\nsocket.setdefaulttimeout({seconds})\n"
+            f"from multiprocessing import get_context\nfrom dpool import Pool\n"
+            f"if __name__ == '__main__':\n    with Pool(2, context=get_context({method!r})) as pool:\n"
+            f"        workers = [process.pid for process in pool._pool]\n"
+            f"        print(sum(pool.apply(abs, (-1,)) for _ in range(200)), len(pool.map(list, [b'ab'] * 50, 1)))\n"
+            f"        print([process.pid for process in pool._pool] == workers, pool.apply(socket.getdefaulttimeout))\n"
+            f"    pool.join()\n")
+    assert run_script(text, tmp_path) == f"200 50\nTrue {seconds}\n"
+
+
 # -- ends
 
 HEAD = """

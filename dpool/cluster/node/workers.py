@@ -73,6 +73,8 @@ class Workers:
         self._closed = False
         self.tasks, self._tasks_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.results, self._results_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.tasks, self._tasks_end, self.results, self._results_end):
+            end.setblocking(True)  # whatever the default for new sockets is
         for end in (self.tasks, self._results_end):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
         self._lifeline_end, self._lifeline = os.pipe()

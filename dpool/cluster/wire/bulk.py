@@ -133,6 +133,7 @@ class Sender(_End):
         except socket.gaierror:
             raise ValueError(f"{address!r} is no numeric address") from None
         connection = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+        connection.setblocking(False)  # whatever the default for new sockets is
         super().__init__(connection, name)
         self.ready = False
         self._cipher = cipher

@@ -6,6 +6,7 @@ Owns nothing: who made a descriptor closes it. Used by the node to set a worker 
 from __future__ import annotations
 
 import os
+import socket
 from multiprocessing import context, reduction
 
 TYPE_CHECKING = False
@@ -44,6 +45,17 @@ class Handle:
 
 def _rebuild(duplicate: Any) -> Handle:
     return Handle(duplicate.detach())
+
+
+def blocking_socket(descriptor: int) -> socket.socket:
+    """A socket object for a descriptor, whatever the program's default timeout for new ones is: that would have it not
+    block, and so with every process that shares it."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)
+    try:
+        return socket.socket(fileno=descriptor)
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def reopen(descriptor: int, flags: int) -> int:

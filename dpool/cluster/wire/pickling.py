@@ -121,31 +121,53 @@ def _rebuild_view(data: Any, kind: str, shape: tuple[int, ...]) -> memoryview:
 
 def _lift(value: Any) -> Any:
     """`value`, with large bytes and memoryviews in its first levels of short tuples and lists put behind a buffer."""
-    return _lifted(value) if _holds_large(value) else value
+    if not _holds_large(value):
+        return value
+    try:
+        return _lifted(value, {})
+    except RecursionError:
+        return value
 
 
 def _holds_large(value: Any) -> bool:
-    kind = type(value)
-    if kind is tuple or kind is list:
-        if len(value) <= MAX_LIFTED:
-            for item in value:
-                if type(item) in _LIFTED and _holds_large(item):
-                    return True
+    if type(value) not in _LIFTED:
         return False
-    if kind is memoryview:
-        return bool(value.c_contiguous)
-    return (kind is bytes or kind is bytearray) and len(value) >= OUT_OF_BAND_MIN_BYTES
+    seen = set()  # tuples and lists may hold one another, and be in many places
+    pending = [value]
+    for item in pending:
+        kind = type(item)
+        if kind is tuple or kind is list:
+            if len(item) <= MAX_LIFTED and id(item) not in seen:
+                seen.add(id(item))
+                for part in item:
+                    if type(part) in _LIFTED:
+                        pending.append(part)
+        elif item.c_contiguous if kind is memoryview else len(item) >= OUT_OF_BAND_MIN_BYTES:
+            return True
+    return False
 
 
-def _lifted(value: Any) -> Any:
+def _lifted(value: Any, known: dict[int, Any]) -> Any:
+    """`known`: what stands for what was met before, which is one object on the other side too."""
     kind = type(value)
+    if kind not in _LIFTED:
+        return value
+    made: Any = known.get(id(value))
+    if made is not None:
+        return made
     if kind is bytes or kind is bytearray:
-        return _Bytes(value) if len(value) >= OUT_OF_BAND_MIN_BYTES else value
-    if kind is memoryview:
-        return _View(value) if value.c_contiguous else value
-    if (kind is tuple or kind is list) and len(value) <= MAX_LIFTED:
-        return kind(map(_lifted, value))
-    return value
+        made = _Bytes(value) if len(value) >= OUT_OF_BAND_MIN_BYTES else value
+    elif kind is memoryview:
+        made = _View(value) if value.c_contiguous else value
+    elif len(value) > MAX_LIFTED:
+        made = value
+    elif kind is list:
+        made = known[id(value)] = []
+        made.extend([_lifted(item, known) for item in value])
+    else:
+        made = tuple([_lifted(item, known) for item in value])
+    known[id(value)] = made
+    return made
 
 
 def dumps(value: Any, buffers: list[memoryview] | None = None, by_value: bool = False,

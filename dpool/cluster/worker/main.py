@@ -23,7 +23,7 @@ from dpool.cluster.store import segments
 from dpool.cluster.store.refs import Accepted, Descriptors, Sending, resolve
 from dpool.cluster.wire import frames, pickling
 from dpool.cluster.wire.functions import StaleFunction, load_by_name
-from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, reopen, trace_offset
+from dpool.cluster.wire.handles import BATCH, READY, SLOT_WORDS, TASK, blocking_socket, reopen, trace_offset
 from dpool.cluster.wire.pickling import ATOMS
 from dpool.cluster.worker.setup import Setup, arm_lifeline
 from dpool.errors import DpoolError
@@ -74,8 +74,8 @@ class Worker:
 
     def __init__(self, setup: Setup) -> None:
         self.slot = setup.slot
-        self.tasks = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, setup.tasks.descriptor)
-        self.results = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, setup.results.descriptor)
+        self.tasks = blocking_socket(setup.tasks.descriptor)
+        self.results = blocking_socket(setup.results.descriptor)
         words = memoryview(mmap.mmap(setup.page.descriptor, setup.slots * SLOT_WORDS * 8)).cast("Q")
         self.page = words[self.slot * SLOT_WORDS:(self.slot + 1) * SLOT_WORDS]
         self.claims = setup.claims
