@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from multiprocessing import util
 from typing import Any, NoReturn
 
 
@@ -279,6 +280,12 @@ def start_daemon() -> int:
 
 def ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def exit_at_sigterm(path: str) -> None:
+    """As programs do that want their finalizers run."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    util.Finalize(None, append, args=(path, f"{os.getpid()}\n"), exitpriority=0)
 
 
 # -- resources

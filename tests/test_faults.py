@@ -247,6 +247,27 @@ def test_a_stopped_worker_that_ignores_sigterm_is_ended_by_terminate(tmp_path: P
     census.check()
 
 
+def test_terminate_lets_workers_that_handle_sigterm_finalize(method: str, tmp_path: Path) -> None:
+    """Where the handler raises in a task, the worker does not begin another one, nor wait for one."""
+    census = Census()
+    path, fifo = str(tmp_path / "finalized"), str(tmp_path / "told")
+    os.mkfifo(fifo)
+    pool = Pool(2, deeds.exit_at_sigterm, (path,), context=get_context(method))
+    try:
+        pool.map_async(deeds.tell_and_wait_for_ever, [fifo, fifo], chunksize=1)
+        told: list[str] = []
+        while len(told) < 2:
+            with open(fifo) as file:
+                told += file.read().split()
+        more = [pool.apply_async(deeds.wait_for_ever) for _ in range(20)]
+    finally:
+        pool.terminate()
+    pool.join()
+    assert sorted(deeds.read(path).split()) == sorted(told)
+    del pool, more
+    census.check()
+
+
 class Record:
     """A Sink that keeps what it is told."""
 

@@ -377,10 +377,13 @@ class Workers:
         Not `at_once`: no SIGTERM, but no more tasks either, so that most end by themselves and run their finalizers.
         """
         if at_once:
-            self.supervisor.closing = True
+            self.supervisor.closing = True  # who ends is not replaced
             self.signal_all(signal.SIGTERM)
-        else:
-            self.close_tasks()
+            # A handler that raises in a task ends that task alone: its worker is to find no other, and nothing to wait
+            # for.
+            while self.take_unread() is not None:
+                pass
+        self.close_tasks()
         self._kill_at = time.monotonic() + TERMINATE_GRACE_S
         self.wake()
 
