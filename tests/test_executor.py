@@ -223,6 +223,25 @@ def test_arguments_results_and_functions_are_dropped_when_done() -> None:
         assert gone.wait(PATIENCE_S) and reference() is None
 
 
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_raised_exception_is_dropped_with_its_future(ready: bool) -> None:
+    """With all that its traceback's frames hold, and before the garbage collector comes by."""
+    gc.disable()
+    try:
+        with executor_of(1) as executor:
+            future = executor.submit(tasks.raise_error, subprocess.SubprocessError)
+            if ready:
+                wait([future])
+            try:
+                future.result(PATIENCE_S)
+            except subprocess.SubprocessError as error:
+                reference = weakref.ref(error)
+            del future
+            until(lambda: reference() is None, "the exception is dropped")
+    finally:
+        gc.enable()
+
+
 def test_map_keeps_neither_arguments_nor_results() -> None:
     with executor_of(1) as executor:
         inputs = [tasks.Thing() for _ in range(5)]

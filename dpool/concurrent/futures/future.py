@@ -120,7 +120,10 @@ class Future(_base.Future):  # type: ignore[type-arg]
             waits = None
             if self._callbacks and self._state == FINISHED:  # it has come as this thread received the result
                 self._invoke_callbacks()
-        return super().result(timeout)
+        try:
+            return super().result(timeout)
+        finally:
+            del self  # or the exception's traceback would hold this future, which holds the exception
 
 
 _CANCELLED = frozenset((CANCELLED, CANCELLED_AND_NOTIFIED))
