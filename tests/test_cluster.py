@@ -390,6 +390,45 @@ def test_what_is_of_the_program_s_main_module_goes_and_comes_back(cluster: Clust
     assert program.lines[:2] == ["as it should", "fine"]
 
 
+CACHING = """
+import functools
+import os
+from dpool.multiprocessing import Pool
+
+@functools.lru_cache(maxsize=None)
+def double(value):
+    return value * 2, os.getpid()
+
+class Adder:
+    @functools.cache
+    def add(self, value):
+        return value + 1
+
+@functools.singledispatch
+def kind(value):
+    return "other"
+
+@kind.register
+def _(value: int):
+    return "int"
+
+def computed(_):
+    return double.cache_info().misses
+
+if __name__ == "__main__":
+    with Pool(1) as pool:
+        print([value for value, _ in pool.map(double, [1, 2, 1])], pool.map(kind, [1, "1"]), pool.map(Adder().add, [1]))
+        print(pool.map(lambda value: double(value)[0], [1, 2]), pool.map(computed, [None]))
+"""
+
+
+def test_functions_that_cache_keep_what_they_have_cached(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(CACHING)
+    program = cluster.python(str(tmp_path / "program.py"), address=True)
+    assert program.wait() == 0, program.lines
+    assert program.lines[:2] == ["[2, 4, 2] ['int', 'other'] [2]", "[2, 4] [2]"]
+
+
 def test_the_initializer_runs_in_each_worker(driver: Cluster) -> None:
     with Pool(4, _remember, (17,)) as pool:
         assert set(pool.map(_recall, range(40), chunksize=1)) == {17}

@@ -147,6 +147,56 @@ if __name__ == "__main__":
 """, tmp_path) == f"{[(True, method != 'fork')] * 2}\n"
 
 
+def test_functions_that_cache_of_a_program_that_cannot_be_imported(method: str, tmp_path: Path) -> None:
+    """What was computed in a worker is not computed there again."""
+    assert run("-c", f"""
+import functools
+from multiprocessing import get_context
+from dpool.multiprocessing.pool import Pool
+
+@functools.lru_cache(maxsize=500)
+def double(value):
+    return value * 2
+
+@functools.cache
+def fibonacci(number):
+    return number if number < 2 else fibonacci(number - 1) + fibonacci(number - 2)
+
+class Adder:
+    @functools.cache
+    def add(self, value):
+        return value + 1
+
+@functools.singledispatch
+def kind(value):
+    return "other"
+
+@kind.register
+def _(value: int):
+    return "int"
+
+def use(value):
+    return double(value), fibonacci(60), Adder().add(value), kind(value), kind("1"), double.cache_info().maxsize
+
+def computed():
+    return double.cache_info().misses
+
+def make(factor):
+    @functools.cache
+    def times(value):
+        return value * factor
+    return times
+
+with Pool(1, context=get_context({method!r})) as pool:
+    print(pool.map(lambda value: double(value), [1, 2, 1]), pool.map(kind, [1, "1"]), pool.map(make(3), [1, 1]))
+    print(pool.map(use, [1]), pool.map(lambda value: use(value), [1]))
+    print(pool.apply(computed))
+""", directory=tmp_path) == """[2, 4, 2] ['int', 'other'] [3, 3]
+[(2, 1548008755920, 2, 'int', 'other', 500)] [(2, 1548008755920, 2, 'int', 'other', 500)]
+2
+"""
+
+
 @pytest.mark.parametrize("method", ["fork", *(pytest.param(name, marks=pytest.mark.xfail(
     strict=True, reason="by name only: a worker that was not forked has no such __main__"))
     for name in ("forkserver", "spawn"))])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import sys
 import types
+import uuid
 import weakref
 import zlib
 from collections import ChainMap
@@ -104,24 +105,39 @@ def by_value_pickler() -> Any:
     global _pickler
     if _pickler is not None:
         return _pickler
+    import functools
+
     import cloudpickle
 
     from dpool.cluster.wire.pickling import is_read_only, reduce_writable
+
+    cached: Any = functools._lru_cache_wrapper
+    lookup: Any = cloudpickle.cloudpickle._lookup_module_and_qualname
 
     def reduce_code(code: types.CodeType) -> Any:
         make, arguments = cloudpickle.cloudpickle._code_reduce(code)
         return make, tuple(code.co_filename if type(argument) is str and argument == "<dynamic-code>" else argument
                            for argument in arguments)
 
+    def reduce_weak(values: weakref.WeakKeyDictionary[Any, Any]) -> Any:
+        return weakref.WeakKeyDictionary, (dict(values),)
+
     class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
-        # Tracebacks name the file, which cloudpickle takes away. And reductions that the program has registered hold
-        # here, too.
-        dispatch_table = ChainMap({types.CodeType: reduce_code}, *cloudpickle.CloudPickler.dispatch_table.maps,
+        # Tracebacks name the file, which cloudpickle takes away. functools.singledispatch() has a weak dictionary. And
+        # reductions that the program has registered hold here, too.
+        dispatch_table = ChainMap({types.CodeType: reduce_code, weakref.WeakKeyDictionary: reduce_weak},
+                                  *cloudpickle.CloudPickler.dispatch_table.maps,
                                   ForkingPickler._extra_reducers)  # type: ignore[attr-defined]
 
         def reducer_override(self, obj: Any) -> Any:
             if is_read_only(obj):
                 return reduce_writable(obj)
+            if type(obj) is cached and lookup(obj) is None:
+                # By itself it names itself, and it is not there.
+                number = _cached_numbers.setdefault(obj, uuid.uuid4().bytes)
+                name = obj.__qualname__
+                found = sys.modules["__main__"].__dict__.get(name) is obj
+                return _make_cached, (number, name if found else "", obj.__wrapped__, obj.cache_parameters())
             reduced = super().reducer_override(obj)
             if isinstance(obj, type) and obj.__module__ == "__main__" and isinstance(reduced, tuple):
                 state = reduced[2], obj.__qualname__, _outermost(obj)
@@ -135,6 +151,24 @@ def by_value_pickler() -> Any:
 
     _pickler = Pickler
     return Pickler
+
+
+# What functools.lru_cache() has made and was sent, and what was made of it here: one object here for one there, so that
+# what a worker has cached lasts from one task to the next.
+_cached_numbers: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
+_cached: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()
+
+
+def _make_cached(number: bytes, name: str, function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    import functools
+
+    made = _cached.get(number)
+    if made is None:
+        made = _cached[number] = functools.lru_cache(**parameters)(function)
+        _cached_numbers[made] = number
+    if name:
+        _ship(name, made)
+    return made
 
 
 # The globals that drivers have shipped into this process's __main__, by name: a global that still is what was shipped
