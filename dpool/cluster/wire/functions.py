@@ -6,10 +6,10 @@ asks for the value if they differ. Never sends anything itself. Used by the driv
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import types
-import uuid
 import weakref
 import zlib
 from collections import ChainMap
@@ -134,7 +134,7 @@ def by_value_pickler() -> Any:
                 return reduce_writable(obj)
             if type(obj) is cached and lookup(obj) is None:
                 # By itself it names itself, and it is not there.
-                number = _cached_numbers.setdefault(obj, uuid.uuid4().bytes)
+                number = _cached_numbers.setdefault(obj, os.urandom(16))
                 name = obj.__qualname__
                 found = sys.modules["__main__"].__dict__.get(name) is obj
                 return _make_cached, (number, name if found else "", obj.__wrapped__, obj.cache_parameters())
