@@ -378,11 +378,11 @@ class Workers:
         """
         if at_once:
             self.supervisor.closing = True  # who ends is not replaced
-            self.signal_all(signal.SIGTERM)
             # A handler that raises in a task ends that task alone: its worker is to find no other, and nothing to wait
             # for.
             while self.take_unread() is not None:
                 pass
+            self.signal_all(signal.SIGTERM)
         self.close_tasks()
         self._kill_at = time.monotonic() + TERMINATE_GRACE_S
         self.wake()
