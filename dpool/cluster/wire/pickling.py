@@ -129,20 +129,31 @@ def _lift(value: Any) -> Any:
         return value
 
 
-def _holds_large(value: Any) -> bool:
-    if type(value) not in _LIFTED:
+def _holds_large(value: Any, levels: int = 2) -> bool:
+    kind = type(value)
+    if kind is tuple or kind is list:
+        if len(value) <= MAX_LIFTED:
+            for item in value:
+                if type(item) in _LIFTED and (_holds_large(item, levels - 1) if levels else _nests_large(item)):
+                    return True
         return False
-    seen = set()  # tuples and lists may hold one another, and be in many places
+    return kind in _LIFTED and _is_large(value)
+
+
+def _is_large(value: Any) -> bool:
+    return bool(value.c_contiguous) if type(value) is memoryview else len(value) >= OUT_OF_BAND_MIN_BYTES
+
+
+def _nests_large(value: Any) -> bool:
+    """The same, whatever there is: tuples and lists may hold one another, and be in many places. Three times slower."""
+    seen = set()
     pending = [value]
     for item in pending:
-        kind = type(item)
-        if kind is tuple or kind is list:
+        if type(item) is tuple or type(item) is list:
             if len(item) <= MAX_LIFTED and id(item) not in seen:
                 seen.add(id(item))
-                for part in item:
-                    if type(part) in _LIFTED:
-                        pending.append(part)
-        elif item.c_contiguous if kind is memoryview else len(item) >= OUT_OF_BAND_MIN_BYTES:
+                pending += [part for part in item if type(part) in _LIFTED]
+        elif _is_large(item):
             return True
     return False
 
