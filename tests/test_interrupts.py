@@ -143,7 +143,7 @@ def test_no_loop_jumps_back_outside_of_the_with_that_it_is_in(tmp_path: Path) ->
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
         return set(done.stdout.split())
 
-    (tmp_path / "one.py").write_text("def f(lock, items):\n    with lock:\n        while not items:\n            pass\n")
+    (tmp_path / "one.py").write_text("def f(lock, go):\n    with lock:\n        while not go:\n            pass\n")
     assert loops(tmp_path) == {"f"}
     assert loops(Path(dpool.__file__).parent) - OTHERS == set()
 
