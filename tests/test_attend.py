@@ -7,6 +7,7 @@ import concurrent.futures
 import gc
 import os
 import signal
+import statistics
 import sys
 import threading
 import weakref
@@ -244,10 +245,9 @@ def test_a_ctrl_c_between_any_two_steps_of_result_loses_nothing() -> None:
                 assert future.done(), at
                 return True, at
 
-        steps = max(interrupted(1_000_000)[1] for _ in range(200))
-        assert steps > 15
+        steps = statistics.median_low(count for _ in range(200) if (count := interrupted(1_000_000)[1]) > 15)
         found = sum(any(interrupted(at)[0] for _ in range(30)) for at in range(1, steps + 1))
-        assert found > steps // 2  # the longest way is not taken each time
+        assert found > 0.9 * steps
         assert list(executor.map(double, range(50))) == list(range(0, 100, 2))
         executor.shutdown()
         group._dispatch.validate()
@@ -267,11 +267,11 @@ def test_a_ctrl_c_between_any_two_steps_of_apply_harms_nobody_else(pool: Any) ->
             assert pool.apply(double, (4,)) == 8
             return True, at
 
-    steps = max(interrupted(1_000_000)[1] for _ in range(50))
+    counts = [interrupted(1_000_000)[1] for _ in range(50)]
+    steps = statistics.median_low(counts)  # some calls have leftovers of others to see to
     assert steps > 40
-    found = sum(any(interrupted(at)[0] for _ in range(30)) for at in range(1, steps // 2))
-    assert found > steps // 4  # the longest way is not taken each time
-    for at in range(steps // 2, steps + 1):
+    assert all(any(interrupted(at)[0] for _ in range(30)) for at in range(1, steps // 2))
+    for at in range(steps // 2, max(counts) + 1):
         interrupted(at)
     assert pool.map(double, range(50)) == list(range(0, 100, 2))
     pool.close()

@@ -125,7 +125,7 @@ def test_a_ctrl_c_between_any_two_steps_of_a_call_leaves_the_pool_as_it_was(name
     assert found
 
 
-# Functions that only other threads than the main one call: a Ctrl-C is raised in that one alone.
+# Functions that no main thread of a program calls: a Ctrl-C is raised in that one alone.
 OTHERS = {"Group._send_by_value", "Group._on_death", "Shipping.stop", "Shipping.take", "Shipping.settle",
           "Workers.signal", "MapResults._arrive", "Shelf._keep_deadlines", "_wait_for_results",
           "Group._put_back"}  # which is about a Ctrl-C that has come

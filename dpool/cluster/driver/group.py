@@ -18,7 +18,6 @@ from dpool.cluster.driver.dispatch import LEAVING, LEFT, NODE_LOSSES, TAKEN, Bat
 from dpool.cluster.driver.functions import table
 from dpool.cluster.driver.incoming import Incoming, tell
 from dpool.cluster.driver.outgoing import Refused, TooManyRefs, encode, explain
-from dpool.cluster.driver.stream import Stream
 from dpool.cluster.store import store
 from dpool.cluster.suspects import Suspects
 from dpool.cluster.wire import events, frames
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dpool.cluster.driver.port import Port
+    from dpool.cluster.driver.stream import Stream
     from dpool.engine import GroupSpec, Sink
 
 # A task that is to be stopped may stand in a worker's socket, and no worker says when it begins it: this often that is
@@ -121,6 +121,8 @@ class Group:
     def open_stream(self, function: Callable[..., Any], mode: int, sink: Sink, as_pushed: bool = False) -> Stream:
         """A job whose items come one after the other; it keeps the group open until it is sealed. With `as_pushed` a
         task gets an item as it was when it was pushed, though it may be changed before it is sent."""
+        from dpool.cluster.driver.stream import Stream  # few programs need it
+
         known = table.get(function, self._elsewhere)
         timing = known.timing if mode in (engine.MAP, engine.STAR) else type(known.timing)()
         job = Job(known, timing, mode, [], sink, open=True)
